@@ -1,0 +1,488 @@
+"""Manifests, signed manifests and part nodes: types and their dag-cbor form (spec/03-manifest).
+
+Pure. A `Manifest` or part in hand was decoded strictly: every field known, typed and bounded, the
+encoding canonical. `open_untrusted` goes from a signed manifest's bytes to a checked publisher.
+Whether the parts agree with the GGUF headers is `omnistore.chunker.layout`'s to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
+
+from omnistore import dagcbor
+from omnistore.block import BLOCK_SIZE, MAX_BLOCK_SIZE, Block
+from omnistore.cid import CID, DAG_CBOR, RAW
+from omnistore.errors import BadSignature, MalformedManifest
+from omnistore.keys import PrivateKey, PublicKey
+
+FORMAT_VERSION: Final = 1
+SIGNATURE_DOMAIN: Final = "omni-manifest"
+SIGNATURE_PAYLOAD_TYPE: Final = b"/omni/manifest/1"
+
+MAX_NODE_SIZE: Final = MAX_BLOCK_SIZE
+"""A node travels as one block: 2 MiB is 50,000 links, a part of 50 GB."""
+MAX_FILES: Final = 1024
+"""Members of a split set; the largest published sets have a few dozen."""
+MAX_LAYERS: Final = 4096
+MAX_PARTS: Final = MAX_FILES + MAX_LAYERS + 3
+MAX_TENSORS: Final = 65_536
+"""Tensors of one part."""
+MAX_SIZE: Final = 1 << 50
+"""Bytes of one file or part: a petabyte."""
+MAX_TEXT: Final = 256
+"""Characters of a name; 64 KiB of licence text belongs in the header, not here."""
+FACT_NAMES: Final = frozenset({"context_length", "parameters", "license", "size_label", "description", "url"})
+
+PartKind = Literal["header", "shared", "embed", "layer", "head"]
+_KIND_ORDER: Final[Mapping[str, int]] = {kind: order for order, kind in enumerate(get_args(PartKind))}
+_FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+
+
+class PartKey(NamedTuple):
+    """Which part of a model: `index` is the layer number, the file number of a header, else 0."""
+
+    kind: PartKind
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.index}" if self.kind in ("layer", "header") else self.kind
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sort key: headers, shared, embed, layers, head."""
+        return _KIND_ORDER[self.kind], self.index
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a part: what it is and its blocks, not where it lies."""
+
+    name: str
+    type: str
+    """Name of the ggml type, such as `Q4_K`."""
+    shape: tuple[int, ...]
+    """GGUF order: the contiguous dimension first."""
+    size: int
+    """Bytes."""
+    blocks: tuple[CID, ...]
+    """`ceil(size / 1 MiB)` raw blocks, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingEntry:
+    """Non-zero bytes of a file that belong to no tensor."""
+
+    offset: int
+    size: int
+    blocks: tuple[CID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """A group of tensors fetched as one unit; sorted by tensor name (bytewise)."""
+
+    key: PartKey
+    tensors: tuple[TensorEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Payload bytes."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    def links(self) -> list[tuple[CID, int]]:
+        """Every block with its payload size, in order."""
+        return [pair for tensor in self.tensors for pair in block_sizes(tensor.blocks, tensor.size)]
+
+    def encode(self) -> Block:
+        """The part's node."""
+        node: dict[str, dagcbor.Value] = {
+            "kind": self.key.kind,
+            "tensors": [
+                {
+                    "name": t.name,
+                    "type": t.type,
+                    "shape": list(t.shape),
+                    "size": t.size,
+                    "blocks": list(t.blocks),
+                }
+                for t in self.tensors
+            ],
+        }
+        if self.key.kind == "layer":
+            node["index"] = self.key.index
+        return Block.node(dagcbor.encode(node))
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderPart:
+    """The header of one file and that file's non-zero padding."""
+
+    key: PartKey
+    header_size: int
+    blocks: tuple[CID, ...]
+    padding: tuple[PaddingEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Payload bytes."""
+        return self.header_size + sum(entry.size for entry in self.padding)
+
+    def links(self) -> list[tuple[CID, int]]:
+        """Every block with its payload size: the header's first."""
+        pairs = block_sizes(self.blocks, self.header_size)
+        for entry in self.padding:
+            pairs += block_sizes(entry.blocks, entry.size)
+        return pairs
+
+    def encode(self) -> Block:
+        """The part's node. It does not name its file: `Manifest.parts` does."""
+        node: dict[str, dagcbor.Value] = {
+            "kind": "header",
+            "size": self.header_size,
+            "blocks": list(self.blocks),
+            "padding": [{"offset": p.offset, "size": p.size, "blocks": list(p.blocks)} for p in self.padding],
+        }
+        return Block.node(dagcbor.encode(node))
+
+
+Part: TypeAlias = TensorPart | HeaderPart
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the model."""
+
+    name: str
+    """A bare file name: no directory, no control characters."""
+    size: int
+    sha256: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartRef:
+    """A manifest's link to a part."""
+
+    key: PartKey
+    size: int
+    """Payload bytes of the part (its node not counted)."""
+    cid: CID
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The description of a model. `encode().cid` is the bare manifest's CID."""
+
+    name: str
+    architecture: str
+    quantisation: str
+    layers: int
+    files: tuple[FileEntry, ...]
+    parts: tuple[PartRef, ...]
+    """In the order of `PartKey.rank`."""
+    facts: Mapping[str, int | str]
+    base: CID | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
+    def part(self, key: PartKey) -> PartRef | None:
+        """The reference to one part, if the model has it."""
+        return next((ref for ref in self.parts if ref.key == key), None)
+
+    def encode(self) -> Block:
+        """The manifest's node."""
+        files: list[dagcbor.Value] = []
+        for entry in self.files:
+            file: dict[str, dagcbor.Value] = {"name": entry.name, "size": entry.size}
+            if entry.sha256 is not None:
+                file["sha256"] = entry.sha256
+            files.append(file)
+        node: dict[str, dagcbor.Value] = {
+            "omni": FORMAT_VERSION,
+            "name": self.name,
+            "architecture": self.architecture,
+            "quantisation": self.quantisation,
+            "layers": self.layers,
+            "files": files,
+            "parts": [
+                {"kind": r.key.kind, "index": r.key.index, "size": r.size, "link": r.cid} for r in self.parts
+            ],
+            "facts": dict(self.facts),
+        }
+        if self.base is not None:
+            node["base"] = self.base
+        return Block.node(dagcbor.encode(node))
+
+
+@dataclass(frozen=True, slots=True)
+class SignedManifest:
+    """A link to a manifest under a publisher's verified signature."""
+
+    manifest: CID
+    publisher: PublicKey
+    signature: bytes
+
+    @classmethod
+    def sign(cls, manifest: CID, key: PrivateKey) -> SignedManifest:
+        """Sign a bare manifest's CID (deterministic: Ed25519)."""
+        signature = key.sign(
+            domain=SIGNATURE_DOMAIN, payload_type=SIGNATURE_PAYLOAD_TYPE, payload=manifest.binary
+        )
+        return cls(manifest, key.public, signature)
+
+    def encode(self) -> Block:
+        """The signed manifest's node: its CID is what `omni add` prints."""
+        return Block.node(
+            dagcbor.encode(
+                {
+                    "manifest": self.manifest,
+                    "publisher": self.publisher.protobuf,
+                    "signature": self.signature,
+                }
+            )
+        )
+
+
+def block_sizes(blocks: Sequence[CID], size: int) -> list[tuple[CID, int]]:
+    """Pair the blocks of an extent of `size` bytes with their payload sizes."""
+    last = len(blocks) - 1
+    return [(cid, BLOCK_SIZE if i < last else size - last * BLOCK_SIZE) for i, cid in enumerate(blocks)]
+
+
+# --- decoding -------------------------------------------------------------------------------
+
+
+def open_untrusted(block: Block) -> SignedManifest | Manifest:
+    """Decode the node that a model's CID names: signed or bare.
+
+    Raises `MalformedManifest` or `BadSignature`. A bare manifest has no publisher; the CID that the
+    caller asked for is then all that vouches for it.
+    """
+    node = _node(block, "manifest")
+    if "publisher" in node or "manifest" in node:
+        return _signed(node)
+    return _manifest(node)
+
+
+def signed_untrusted(block: Block) -> SignedManifest:
+    """Decode a signed manifest and check its signature."""
+    return _signed(_node(block, "signed manifest"))
+
+
+def manifest_untrusted(block: Block) -> Manifest:
+    """Decode a bare manifest. Raises `MalformedManifest`."""
+    return _manifest(_node(block, "manifest"))
+
+
+def part_untrusted(block: Block, ref: PartRef) -> Part:
+    """Decode a part node and hold it against the manifest's reference. Raises `MalformedManifest`."""
+    what = f"part {ref.key}"
+    node = _node(block, what)
+    part: Part = (
+        _header_part(node, ref.key, what) if ref.key.kind == "header" else _tensor_part(node, ref.key, what)
+    )
+    if part.size != ref.size:
+        raise MalformedManifest(f"{what} holds {part.size} bytes but the manifest says {ref.size}")
+    return part
+
+
+def _node(block: Block, what: str) -> Mapping[str, Any]:
+    if block.cid.codec != DAG_CBOR:
+        raise MalformedManifest(f"{what} {block.cid} is a raw block, not a dag-cbor node")
+    value = dagcbor.decode_untrusted(
+        bytes(block.data), limit=MAX_NODE_SIZE, error=MalformedManifest, what=f"{what} {block.cid}"
+    )
+    if not isinstance(value, dict):
+        raise MalformedManifest(f"{what} {block.cid} is not a map")
+    return value
+
+
+def _signed(node: Mapping[str, Any]) -> SignedManifest:
+    what = "signed manifest"
+    _fields(node, what, required={"manifest", "publisher", "signature"})
+    link = _link(node["manifest"], what, DAG_CBOR)
+    publisher, signature = node["publisher"], node["signature"]
+    if not isinstance(publisher, bytes) or not isinstance(signature, bytes):
+        raise MalformedManifest(f"{what}: publisher and signature must be byte strings")
+    key = PublicKey.from_protobuf_untrusted(publisher)
+    if len(signature) != 64:
+        raise BadSignature(f"{what}: an Ed25519 signature has 64 bytes, not {len(signature)}")
+    key.verify_untrusted(
+        signature, domain=SIGNATURE_DOMAIN, payload_type=SIGNATURE_PAYLOAD_TYPE, payload=link.binary
+    )
+    return SignedManifest(link, key, signature)
+
+
+def _manifest(node: Mapping[str, Any]) -> Manifest:
+    what = "manifest"
+    version = node.get("omni")
+    if version != FORMAT_VERSION or version is True:
+        raise MalformedManifest(
+            f"manifest of format version {version!r}; this program reads version {FORMAT_VERSION}",
+            remedy="A newer release of omni may read it.",
+        )
+    _fields(
+        node,
+        what,
+        required={"omni", "name", "architecture", "quantisation", "layers", "files", "parts", "facts"},
+        optional={"base"},
+    )
+    files = tuple(_file(entry) for entry in _items(node["files"], "files", 1, MAX_FILES))
+    if len({entry.name for entry in files}) != len(files):
+        raise MalformedManifest("manifest: two files of one name")
+    layers = _int(node["layers"], "layers", 0, MAX_LAYERS)
+    parts = tuple(_part_ref(entry) for entry in _items(node["parts"], "parts", 1, MAX_PARTS))
+    _check_parts(parts, len(files), layers)
+    return Manifest(
+        name=_text(node["name"], "name"),
+        architecture=_text(node["architecture"], "architecture"),
+        quantisation=_text(node["quantisation"], "quantisation"),
+        layers=layers,
+        files=files,
+        parts=parts,
+        facts=_facts(node["facts"]),
+        base=_link(node["base"], "base", DAG_CBOR) if "base" in node else None,
+    )
+
+
+def _check_parts(parts: Sequence[PartRef], files: int, layers: int) -> None:
+    ranks = [ref.key.rank for ref in parts]
+    if ranks != sorted(set(ranks)):
+        raise MalformedManifest("manifest: parts are not in order, or one is listed twice")
+    if [ref.key.index for ref in parts if ref.key.kind == "header"] != list(range(files)):
+        raise MalformedManifest(f"manifest: {files} files need exactly one header part each")
+    for ref in parts:
+        if ref.key.kind == "layer" and ref.key.index >= layers:
+            raise MalformedManifest(f"manifest: {ref.key} but the model has {layers} layers")
+
+
+def _file(entry: Any) -> FileEntry:
+    node = _map(entry, "file")
+    _fields(node, "file", required={"name", "size"}, optional={"sha256"})
+    name = _text(node["name"], "file name")
+    if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
+        raise MalformedManifest(f"manifest: {name!r} is not a bare file name")
+    sha256 = node.get("sha256")
+    if "sha256" in node and (not isinstance(sha256, bytes) or len(sha256) != 32):
+        raise MalformedManifest(f"manifest: the sha256 of {name!r} is not 32 bytes")
+    return FileEntry(name, _int(node["size"], "file size", 1, MAX_SIZE), sha256)
+
+
+def _part_ref(entry: Any) -> PartRef:
+    node = _map(entry, "part reference")
+    _fields(node, "part reference", required={"kind", "index", "size", "link"})
+    kind = node["kind"]
+    if kind not in _KIND_ORDER:
+        raise MalformedManifest(f"manifest: unknown kind of part {kind!r}")
+    most = {"layer": MAX_LAYERS, "header": MAX_FILES}.get(kind, 1) - 1
+    key = PartKey(kind, _int(node["index"], f"index of {kind}", 0, most))
+    return PartRef(
+        key, _int(node["size"], f"size of {key}", 0, MAX_SIZE), _link(node["link"], str(key), DAG_CBOR)
+    )
+
+
+def _header_part(node: Mapping[str, Any], key: PartKey, what: str) -> HeaderPart:
+    _fields(node, what, required={"kind", "size", "blocks", "padding"})
+    if node["kind"] != "header":
+        raise MalformedManifest(f"{what}: its node is a {node['kind']!r}")
+    size = _int(node["size"], f"{what} size", 1, MAX_SIZE)
+    padding = []
+    for entry in _items(node["padding"], f"{what} padding", 0, MAX_TENSORS):
+        gap = _map(entry, "padding")
+        _fields(gap, "padding", required={"offset", "size", "blocks"})
+        length = _int(gap["size"], "padding size", 1, MAX_SIZE)
+        offset = _int(gap["offset"], "padding offset", size, MAX_SIZE)
+        padding.append(PaddingEntry(offset, length, _blocks(gap["blocks"], length, "padding")))
+    return HeaderPart(key, size, _blocks(node["blocks"], size, what), tuple(padding))
+
+
+def _tensor_part(node: Mapping[str, Any], key: PartKey, what: str) -> TensorPart:
+    required = {"kind", "tensors"} | ({"index"} if key.kind == "layer" else set())
+    _fields(node, what, required=required)
+    if node["kind"] != key.kind or node.get("index", 0) != key.index:
+        raise MalformedManifest(f"{what}: its node is {node['kind']!r} {node.get('index', '')}")
+    tensors = tuple(_tensor(entry, what) for entry in _items(node["tensors"], what, 1, MAX_TENSORS))
+    names = [tensor.name.encode() for tensor in tensors]
+    if names != sorted(set(names)):
+        raise MalformedManifest(f"{what}: tensors are not sorted by name, or one is listed twice")
+    return TensorPart(key, tensors)
+
+
+def _tensor(entry: Any, what: str) -> TensorEntry:
+    node = _map(entry, f"{what}: tensor")
+    _fields(node, f"{what}: tensor", required={"name", "type", "shape", "size", "blocks"})
+    name = _text(node["name"], f"{what}: tensor name")
+    shape = tuple(_int(n, f"{name} shape", 1, MAX_SIZE) for n in _items(node["shape"], f"{name} shape", 1, 4))
+    size = _int(node["size"], f"{name} size", 1, MAX_SIZE)
+    return TensorEntry(
+        name, _text(node["type"], f"{name} type"), shape, size, _blocks(node["blocks"], size, name)
+    )
+
+
+def _blocks(value: Any, size: int, what: str) -> tuple[CID, ...]:
+    count = -(-size // BLOCK_SIZE)
+    if not isinstance(value, list) or len(value) != count:
+        raise MalformedManifest(f"{what}: {size} bytes need {count} blocks")
+    return tuple(_link(cid, what, RAW) for cid in value)
+
+
+def _facts(value: Any) -> Mapping[str, int | str]:
+    node = _map(value, "facts")
+    unknown = node.keys() - FACT_NAMES
+    if unknown:
+        raise MalformedManifest(f"manifest: unknown facts {sorted(unknown)}")
+    for name, fact in node.items():
+        if isinstance(fact, str):
+            _text(fact, name, most=4096)
+        else:
+            _int(fact, name, 0, 1 << 62)
+    return dict(sorted(node.items()))
+
+
+def _fields(
+    node: Mapping[str, Any],
+    what: str,
+    *,
+    required: set[str],
+    optional: frozenset[str] | set[str] = frozenset(),
+) -> None:
+    missing, unknown = required - node.keys(), node.keys() - required - optional
+    if missing:
+        raise MalformedManifest(f"{what}: without {', '.join(sorted(missing))}")
+    if unknown:
+        raise MalformedManifest(f"{what}: unknown field {', '.join(sorted(unknown))}")
+
+
+def _map(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise MalformedManifest(f"{what} is not a map")
+    return value
+
+
+def _items(value: Any, what: str, least: int, most: int) -> list[Any]:
+    if not isinstance(value, list) or not least <= len(value) <= most:
+        raise MalformedManifest(f"{what} is not a list of {least} to {most} items")
+    return value
+
+
+def _int(value: Any, what: str, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise MalformedManifest(f"{what}: {value!r} is not an integer from {least} to {most}")
+    return value
+
+
+def _text(value: Any, what: str, most: int = MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > most:
+        raise MalformedManifest(f"{what} is not a text of at most {most} characters")
+    return value
+
+
+def _link(value: Any, what: str, codec: int) -> CID:
+    if not isinstance(value, CID) or value.codec != codec:
+        raise MalformedManifest(f"{what}: not a link to a {'raw block' if codec == RAW else 'dag-cbor node'}")
+    return value
