@@ -31,14 +31,14 @@ class _Refused(Exception):
     """Carries a refusal out of cbor2's callbacks."""
 
 
-def _refuse(_decoder: Any) -> Any:
+def _refuse(_value: Any, _immutable: bool) -> Any:
     raise _Refused("a tag other than 42")
 
 
-_REFUSALS: Final[Mapping[int, Callable[[Any], Any]]] = dict.fromkeys(_BUILT_IN_TAGS, _refuse)
+_REFUSALS: Final[Mapping[int, Callable[[Any, bool], Any]]] = dict.fromkeys(_BUILT_IN_TAGS, _refuse)
 
 
-def _link(_decoder: Any, tag: Any) -> CID:
+def _link(tag: Any, _immutable: bool) -> CID:
     if tag.tag != LINK_TAG:
         raise _Refused(f"tag {tag.tag}; only links (42) are allowed")
     if not isinstance(tag.value, bytes) or tag.value[:1] != b"\x00":
@@ -79,7 +79,7 @@ def decode_untrusted(
         again = cbor2.dumps(_prepare(value, MAX_DEPTH), canonical=True)
     except (cbor2.CBORError, _Refused, ValueError, TypeError, OverflowError, RecursionError) as fault:
         reason = fault.__cause__ if isinstance(fault.__cause__, _Refused) else fault
-        raise error(f"{what} is not valid dag-cbor: {reason}") from None
+        raise error(f"{what} is not valid dag-cbor: {reason!s}") from None
     if again != data:
         raise error(f"{what} is not canonical dag-cbor (or has trailing bytes)")
     return value
@@ -94,7 +94,7 @@ def _prepare(value: Value, depth: int) -> Any:
         return cbor2.CBORTag(LINK_TAG, b"\x00" + value.binary)  # type: ignore[union-attr]
     if kind is int:
         if not -(1 << 63) <= value < 1 << 64:  # type: ignore[operator]
-            raise _Refused(f"integer {value} outside 64 bits")
+            raise _Refused("an integer outside 64 bits")
         return value
     if value is None or kind in (bool, str, bytes):
         return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from omnistore import dagcbor
 from omnistore.block import BLOCK_SIZE, MAX_BLOCK_SIZE, Block
@@ -41,7 +41,8 @@ _KIND_ORDER: Final[Mapping[str, int]] = {kind: order for order, kind in enumerat
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
-class PartKey(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PartKey:
     """Which part of a model: `index` is the layer number, the file number of a header, else 0."""
 
     kind: PartKind
