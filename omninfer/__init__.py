@@ -1,0 +1,1 @@
+"""Inference over models that omnistore holds: plans, stages, pipelines. Imports nothing until asked."""

@@ -1,0 +1,57 @@
+"""Engines: what multiplies the matrices, behind the seam of `interface`.
+
+`ENGINES` names the modules; each has `engine() -> Engine` and is imported only when picked, so that
+importing this package imports neither mlx nor any other engine. A further engine is a line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Final, cast
+
+from omninfer.engines.files import FileTensorSource
+from omninfer.engines.interface import (
+    Engine,
+    Stage,
+    StageSpec,
+    TensorSource,
+    tensors_needed,
+)
+from omnistore.errors import BadConfig
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "FileTensorSource",
+    "Stage",
+    "StageSpec",
+    "TensorSource",
+    "get_engine",
+    "pick_engine",
+    "tensors_needed",
+]
+
+ENGINES: Final[Mapping[str, str]] = {
+    "mlx": "omninfer.engines.mlx_engine",
+    "numpy": "omninfer.engines.numpy_engine",
+}
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of that name, imported now; it may still be unavailable on this machine."""
+    if name not in ENGINES:
+        raise BadConfig(f"no engine is called {name!r}", remedy=f"engines: auto, {', '.join(ENGINES)}")
+    return cast(Engine, importlib.import_module(ENGINES[name]).engine())
+
+
+def pick_engine(name: str = "auto") -> Engine:
+    """The engine to use: `name`, or for "auto" mlx where a GPU answers and numpy elsewhere."""
+    if name != "auto":
+        engine = get_engine(name)
+        reason = engine.unavailable()
+        if reason is not None:
+            raise BadConfig(f"the engine {name} can not run here: {reason}", remedy="try --engine auto")
+        return engine
+    mlx = get_engine("mlx")
+    return mlx if mlx.unavailable() is None and mlx.accelerated() else get_engine("numpy")
