@@ -109,7 +109,7 @@ def _explain(text: str) -> str:
 
         try:
             other = AnyCID.decode(text)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, LookupError, TypeError, AssertionError):
             return wanted
         return f"It is a CIDv{other.version} with {other.codec.name} and {other.hashfun.name}. {wanted}"
     return wanted

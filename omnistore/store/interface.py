@@ -1,0 +1,141 @@
+"""What every store does: hold verified blocks, know models, assemble files (pure: types only).
+
+A store is synchronous and safe to call from several threads; asynchronous code calls it through
+`trio.to_thread.run_sync`. Implementations: `omnistore.store.files` (the real one),
+`omnistore.store.memory` (tests, simulations). Both pass `omnistore.testing.store_contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from omnistore.block import Block
+from omnistore.chunker.layout import Placement
+from omnistore.cid import CID
+from omnistore.keys import PublicKey
+from omnistore.manifest import Manifest, Part, PartKey
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's description as far as its nodes are held."""
+
+    cid: CID
+    """What people name it by: the signed manifest's CID, or the bare manifest's."""
+    manifest_cid: CID
+    manifest: Manifest
+    publisher: PublicKey | None
+    """Whose signature was checked; None when known only by its bare manifest."""
+    parts: Mapping[PartKey, Part]
+    """The part nodes in hand; all of them for a model added here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model and how much of it is here."""
+
+    model: Model
+    pinned: frozenset[PartKey]
+    """Parts that garbage collection keeps; empty for a model that is only passing through."""
+    complete: frozenset[PartKey]
+    """Parts whose every block is held."""
+    bytes_held: int
+    files: tuple[Path, ...]
+    """Where its files are: referenced in place, or under the home; empty while unassembled."""
+    referenced: bool
+    """True when the files are the user's own, referenced in place."""
+
+
+class Assembly(Protocol):
+    """Files of one model being put together, block by block, in any order.
+
+    Survives a crash at any instruction: what `write` returned from is found again by the next
+    assembly of the same model, and is not asked for again.
+    """
+
+    @property
+    def model(self) -> Model:
+        """What is being assembled."""
+        ...
+
+    @property
+    def local_blocks(self) -> int:
+        """Distinct blocks that were held already (here or under another model) when it was opened."""
+        ...
+
+    def missing(self) -> Sequence[Placement]:
+        """Placements of the wanted parts still without bytes, by part then file offset."""
+        ...
+
+    def write(self, blocks: Sequence[Block]) -> None:
+        """Put verified blocks at every place they belong, durably. Raises `StoreFull`.
+
+        A block that belongs nowhere raises `LocalProtocolError`.
+        """
+        ...
+
+    def finish(self, output: Path | None = None) -> Sequence[Path]:
+        """Pin the parts. When all parts are whole, give the files their names (under `output` if given).
+
+        Raises `BlockMissing` while something is missing. A partial assembly stays a sparse `.part`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the files; what was written stays."""
+        ...
+
+
+class Store(Protocol):
+    """Blocks, nodes and models of one home."""
+
+    def has(self, cid: CID) -> bool:
+        """Whether the block or node is held (by the index; `read` re-checks the bytes)."""
+        ...
+
+    def held(self, cids: Iterable[CID]) -> set[CID]:
+        """Those of `cids` that are held."""
+        ...
+
+    def read(self, cid: CID) -> Block:
+        """The bytes, digest re-checked from disk on every call.
+
+        Raises `BlockMissing`, `SourceChanged` (file moved or rewritten) or `DigestMismatch` (rotten);
+        after either of the last two the block is no longer `has`.
+        """
+        ...
+
+    def put_node(self, block: Block) -> None:
+        """Keep a dag-cbor node, durably."""
+        ...
+
+    def model(self, cid: CID) -> Model:
+        """The model under a signed or bare manifest's CID. Raises `BlockMissing`, `TrustError`."""
+        ...
+
+    def models(self) -> Sequence[ModelStatus]:
+        """Every model here, by name."""
+        ...
+
+    def status(self, cid: CID) -> ModelStatus:
+        """One model's status. Raises `BlockMissing`."""
+        ...
+
+    def announced(self) -> Collection[CID]:
+        """What to advertise: signed manifests, manifests, and parts held whole."""
+        ...
+
+    def assemble(self, model: Model, placements: Sequence[Placement], parts: Collection[PartKey]) -> Assembly:
+        """Open (or resume) the files of `model`. `placements` covers at least `parts`.
+
+        Blocks held under other models are copied in at once. Raises `StoreLocked` when another
+        process assembles the same model, `StoreFull` when the disk has no room.
+        """
+        ...
+
+    def close(self) -> None:
+        """Flush and let go."""
+        ...
