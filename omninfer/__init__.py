@@ -1,1 +1,8 @@
-"""Inference over models that omnistore holds: plans, stages, pipelines. Imports nothing until asked."""
+"""Inference over content-addressed weights: plan the layers, assemble a stage, run the pipeline.
+
+    arch  tokenizer  chat  sampling  plan  frames      pure
+    engines                                            mlx and numpy behind one interface
+    sources  profile  stage                            weights out of the store; lending compute
+    pipeline                                           the coordinator
+    cli                                                `omni run`, `omni chat`
+"""

@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a newcomer needs; both make the environment first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format bench bench-transfer bench-engine demo-model demo-manifest clean
+
+# The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
+demo: $(STAMP)
+	@$(BIN)/python manifests/demo/demo.py
+
+# What CI runs: lint, types, and every test that takes seconds.
+test: lint
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
+
+# Crash loops and soaks that take minutes.
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Each prints its figures as ratios to limits measured in the same run.
+bench: bench-transfer bench-engine
+
+bench-transfer: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_transfer
+
+bench-engine: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_engine_memory
+
+# Train the demo model again (minutes); the result is committed.
+demo-model: $(STAMP)
+	$(BIN)/python manifests/demo/train.py
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "omni needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,tools]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
