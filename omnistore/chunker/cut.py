@@ -1,0 +1,306 @@
+"""Cutting GGUF files: read, hash, describe.
+
+Reads each file once, hashes its blocks where they lie and hands their places to a `Sink`; it
+keeps no bytes and stores nothing. Files are read with `preadv` into a small buffer, not mapped:
+that is as fast as mapping (both are limited by BLAKE3), and a file truncated meanwhile is an
+error instead of a SIGBUS. Implements spec/02-layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from blake3 import blake3
+
+from omnistore.block import BLOCK_SIZE, Block
+from omnistore.chunker.describe import build_manifest, build_parts
+from omnistore.chunker.gguf import LIMITS, GGUFHeader, read_header_untrusted
+from omnistore.chunker.layout import Extent, Gap, Layout, Placement, gaps
+from omnistore.chunker.split import check_split, parse_split_name, split_names, stem_of
+from omnistore.cid import CID, RAW
+from omnistore.errors import InputError, MalformedGGUF, MalformedManifest, SourceChanged, UnsupportedGGUF
+from omnistore.manifest import (
+    MAX_TEXT,
+    FileEntry,
+    Manifest,
+    Part,
+    manifest_untrusted,
+    part_untrusted,
+)
+
+Sink: TypeAlias = Callable[[Sequence[Placement]], None]
+"""Takes the places of blocks, batch by batch, in file order, in the caller's thread."""
+Progress: TypeAlias = Callable[[int], None]
+"""Takes the bytes hashed since the last call. May raise, which ends the cut."""
+
+_THREADS: Final = 2
+"""BLAKE3 releases the interpreter's lock; more than two only compete for memory bandwidth."""
+_BATCH: Final = 32
+"""Blocks per task and per call of the sink."""
+_WINDOWS: Final = (1 << 20, 16 << 20, LIMITS.header_bytes)
+"""How much of a file is read in search of the end of its header, in bytes."""
+_FILE_NAME: Final = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when it was cut: how to tell later that it has not changed."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class CutResult:
+    """A model that was cut."""
+
+    manifest: Manifest
+    node: Block
+    """The manifest, encoded."""
+    parts: tuple[tuple[Part, Block], ...]
+    """In the manifest's order, each with its encoded node."""
+    headers: tuple[GGUFHeader, ...]
+    layout: Layout
+    sources: tuple[SourceFile, ...]
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files of the model that `path` belongs to, in order: itself, or its whole split set.
+
+    Raises InputError naming the file that is missing.
+    """
+    path = path.absolute()
+    parsed = parse_split_name(path.name)
+    names = (path.name,) if parsed is None else split_names(parsed[0], parsed[2])
+    found = [path.with_name(name) for name in names]
+    for member in found:
+        if not member.is_file():
+            beside = "" if member == path else f", which belongs to the same model as {path.name}"
+            raise InputError(
+                f"{member}: no such file{beside}",
+                remedy="All files of a split set must lie in one directory." if beside else None,
+            )
+    return found
+
+
+def open_header(path: Path) -> GGUFHeader:
+    """Read and check the header of one GGUF file."""
+    with _opened(path) as source:
+        return source.header()
+
+
+def cut(
+    paths: Sequence[Path],
+    *,
+    name: str | None = None,
+    sha256: bool = False,
+    base: CID | None = None,
+    sink: Sink | None = None,
+    progress: Progress | None = None,
+) -> CutResult:
+    """Cut a model into blocks; `paths` are all its files, as `model_files` gives them.
+
+    Raises InputError (MalformedGGUF, UnsupportedGGUF) for files that can not be published and
+    SourceChanged when a file changes while it is read.
+    """
+    with ExitStack() as stack:
+        sources = [stack.enter_context(_opened(path)) for path in paths]
+        headers = tuple(source.header() for source in sources)
+        title = _check_names(paths, name)
+        check_split([path.name for path in paths], headers)
+        found = {number: source.nonzero_gaps(headers[number]) for number, source in enumerate(sources)}
+        layout = Layout.plan(headers, [source.file.size for source in sources], found)
+        pool = ThreadPoolExecutor(_THREADS, "omni-cut")
+        try:
+            sums = [pool.submit(source.sha256) if sha256 else None for source in sources]
+            cids = _hash(pool, sources, layout, sink, progress)
+            entries = [_entry(source, total) for source, total in zip(sources, sums, strict=True)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for source in sources:
+            source.check_unchanged()
+    parts = tuple((part, part.encode()) for part in build_parts(headers, layout, cids))
+    manifest = build_manifest(headers, entries, parts, name=title, base=base)
+    node = manifest.encode()
+    _check_publishable(paths[0], manifest, node, parts)
+    return CutResult(manifest, node, parts, headers, layout, tuple(source.file for source in sources))
+
+
+def _entry(source: _Source, total: Future[bytes] | None) -> FileEntry:
+    return FileEntry(source.file.path.name, source.file.size, total.result() if total else None)
+
+
+def _check_names(paths: Sequence[Path], name: str | None) -> str:
+    for path in paths:
+        if not _FILE_NAME.fullmatch(path.name) or not _is_unicode(path.name):
+            raise InputError(f"{str(path)!r}: this file name can not be published", remedy="Rename the file.")
+    title = stem_of(paths[0].name) if name is None else name
+    if not 0 < len(title) <= MAX_TEXT or not _is_unicode(title):
+        raise InputError(f"{title!r}: a model's name is a text of 1 to {MAX_TEXT} characters")
+    return title
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates by which Python shows a file name that is not UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _check_publishable(
+    path: Path, manifest: Manifest, node: Block, parts: Sequence[tuple[Part, Block]]
+) -> None:
+    """What we publish must be what we would accept: format limits are enforced in one place."""
+    try:
+        manifest_untrusted(node)
+        for ref, (_, block) in zip(manifest.parts, parts, strict=True):
+            part_untrusted(block, ref)
+    except MalformedManifest as error:
+        raise UnsupportedGGUF(f"{path}: this model can not be published: {error.message}") from error
+
+
+def _hash(
+    pool: ThreadPoolExecutor,
+    sources: Sequence[_Source],
+    layout: Layout,
+    sink: Sink | None,
+    progress: Progress | None,
+) -> list[CID]:
+    """The CIDs of the layout's blocks, in its order; sink and progress are called on the way."""
+    batches = list(_batches(layout.extents))
+    cids: list[CID] = []
+    tasks = pool.map(lambda batch: sources[batch[0][0].file].digests(batch), batches)
+    for batch, digests in zip(batches, tasks, strict=True):
+        found = [CID.of_digest(RAW, digest) for digest in digests]
+        cids += found
+        if sink is not None:
+            sink(
+                [
+                    Placement(cid, extent.file, offset, size, extent.part)
+                    for cid, (extent, offset, size) in zip(found, batch, strict=True)
+                ]
+            )
+        if progress is not None:
+            progress(sum(size for _, _, size in batch))
+    return cids
+
+
+_Batch: TypeAlias = list[tuple[Extent, int, int]]
+"""Blocks of one file: extent, offset, size."""
+
+
+def _batches(extents: Iterable[Extent]) -> Iterator[_Batch]:
+    by_file: dict[int, list[Extent]] = {}
+    for extent in extents:
+        by_file.setdefault(extent.file, []).append(extent)
+    for file in sorted(by_file):
+        blocks = ((extent, *place) for extent in by_file[file] for place in extent.blocks())
+        while batch := list(islice(blocks, _BATCH)):
+            yield batch
+
+
+class _Source:
+    """An open file that is to stay as it was when it was opened."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        status = os.fstat(fd)
+        self.file = SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        self._fd = fd
+
+    def header(self) -> GGUFHeader:
+        size = self.file.size
+        for window in _WINDOWS:
+            prefix = self._read(0, min(size, window))
+            try:
+                return read_header_untrusted(prefix, file_size=size, name=self.file.path.name)
+            except MalformedGGUF:
+                # A header cut off by the window looks malformed: believe it only of the largest one.
+                if window >= min(size, LIMITS.header_bytes):
+                    raise
+        raise AssertionError("the last window is the limit")
+
+    def nonzero_gaps(self, header: GGUFHeader) -> list[Gap]:
+        return [(offset, size) for offset, size in gaps(header, self.file.size) if self._any(offset, size)]
+
+    def digests(self, blocks: _Batch) -> list[bytes]:
+        buffer = memoryview(bytearray(max(size for _, _, size in blocks)))
+        found: list[bytes] = []
+        for _, offset, size in blocks:
+            view = buffer[:size]
+            self._read_into(view, offset)
+            found.append(blake3(view).digest())
+        return found
+
+    def sha256(self) -> bytes:
+        total = hashlib.sha256()
+        buffer = memoryview(bytearray(BLOCK_SIZE))
+        for offset in range(0, self.file.size, BLOCK_SIZE):
+            view = buffer[: min(BLOCK_SIZE, self.file.size - offset)]
+            self._read_into(view, offset)
+            total.update(view)
+        return total.digest()
+
+    def check_unchanged(self) -> None:
+        try:
+            now = self.file.path.stat()
+        except OSError:
+            raise self._changed() from None
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
+            self.file.size,
+            self.file.mtime_ns,
+            self.file.inode,
+        ):
+            raise self._changed()
+
+    def _any(self, offset: int, size: int) -> bool:
+        for start in range(offset, offset + size, BLOCK_SIZE):
+            piece = self._read(start, min(BLOCK_SIZE, offset + size - start))
+            if piece != bytes(len(piece)):
+                return True
+        return False
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        data = bytearray(size)
+        self._read_into(memoryview(data), offset)
+        return data
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise InputError(f"{self.file.path}: can not be read: {error.strerror}") from error
+            if count == 0:
+                raise self._changed()
+            done += count
+
+    def _changed(self) -> SourceChanged:
+        return SourceChanged(
+            f"{self.file.path} changed while it was being read", remedy="Add it again once it is complete."
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    try:
+        # Asked before opening: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: not a regular file")
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    try:
+        yield _Source(path, fd)
+    finally:
+        os.close(fd)
