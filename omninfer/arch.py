@@ -12,7 +12,7 @@ Deliberately not here: tokenizers, reading files, and anything that computes. Pu
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from typing import Final
@@ -248,7 +248,7 @@ class _Keys:
             value = default
         if value is None:
             raise MalformedGGUF(f"the metadata have no {self.name(key)}")
-        if isinstance(value, list | tuple):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             raise UnsupportedModel(f"{self.name(key)} differs from layer to layer, which is not supported")
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise MalformedGGUF(f"{self.name(key)} is {_shown(value)}, not an integer from {low} to {high}")
@@ -282,7 +282,7 @@ def _refuse_unknown_arithmetic(keys: _Keys) -> None:
 def _vocab(keys: _Keys) -> int:
     """The token list decides, as it does elsewhere; `vocab_size` serves files without a tokenizer."""
     tokens = keys.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list | tuple) and tokens:
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str) and len(tokens):
         if len(tokens) > MAX_VOCAB:
             raise MalformedGGUF(f"tokenizer.ggml.tokens has {len(tokens)} entries, more than {MAX_VOCAB}")
         return len(tokens)

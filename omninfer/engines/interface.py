@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, ModelSpec
+from omnistore.chunker.ggml import GGMLType
 from omnistore.errors import InputError
-
-if TYPE_CHECKING:
-    from omnistore.chunker.ggml import GGMLType
 
 Tokens = NDArray[np.int32]
 Hidden = NDArray[np.float32]

@@ -1,0 +1,173 @@
+"""GGUF's quantised blocks, taken apart into the numbers that they hold. Pure numpy.
+
+Every quantisation here says the same thing in different bits: a weight is
+
+    scale * (code - zero) - minimum
+
+with one `scale` (and perhaps one `minimum`) for each group of 16 or 32 weights of a row, and one
+`zero` for the whole type. `unpack` answers exactly that (`Groups`), `decode` multiplies it out, in
+the order of operations of ggml's own reference, so that the float32 results are the same bits.
+Engines that can multiply packed weights repack `Groups`; the numpy engine decodes.
+
+Not here: types without such a form (IQ*, TQ*, MXFP4) and Q2_K/Q3_K; they are refused by name when a
+stage loads. Sizes of types are `omnistore.chunker.ggml`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Quantised rows, taken apart."""
+
+    codes: Bytes
+    """[rows, columns], each below 2**bits"""
+    bits: int
+    zero: int
+    scales: F32
+    """[rows, columns / group]"""
+    minimums: F32 | None
+    """As scales; None where the type has none."""
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring weights of a row share a scale: 16 or 32."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+
+def _f16(raw: Bytes) -> F32:
+    """Little-endian halfs at the end of the axis, as float32."""
+    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
+
+
+def _nibbles(raw: Bytes) -> Bytes:
+    """[..., n] bytes → [..., 2n] codes: all low nibbles, then all high ones."""
+    return np.concatenate((raw & 0x0F, raw >> 4), axis=-1)
+
+
+def _fifth_bits(raw: Bytes) -> Bytes:
+    """[..., 4] bytes → [..., 32]: bit j of the little-endian word, moved to 16."""
+    return np.unpackbits(raw, axis=-1, bitorder="little") << 4
+
+
+def _q4_0(b: Bytes) -> Groups:
+    return Groups(_nibbles(b[..., 2:]), 4, 8, _f16(b[..., :2]), None)
+
+
+def _q4_1(b: Bytes) -> Groups:
+    return Groups(_nibbles(b[..., 4:]), 4, 0, _f16(b[..., :2]), -_f16(b[..., 2:4]))
+
+
+def _q5_0(b: Bytes) -> Groups:
+    return Groups(_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), 5, 16, _f16(b[..., :2]), None)
+
+
+def _q5_1(b: Bytes) -> Groups:
+    codes = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
+    return Groups(codes, 5, 0, _f16(b[..., :2]), -_f16(b[..., 2:4]))
+
+
+def _q8_0(b: Bytes) -> Groups:
+    return Groups(b[..., 2:] ^ 0x80, 8, 128, _f16(b[..., :2]), None)
+
+
+def _k_scales(b: Bytes) -> tuple[F32, F32]:
+    """Scales and minimums of the 8 groups of a Q4_K or Q5_K block: two halfs times 6-bit factors.
+
+    The 12 bytes hold the factors of groups 0-3 in the low six bits of bytes 0-3 (scale) and 4-7
+    (minimum); groups 4-7 have their low nibbles in bytes 8-11 and their top two bits above those six.
+    """
+    first, second, low = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    scales = np.concatenate((first & 63, (low & 15) | (first >> 6 << 4)), axis=-1)
+    minimums = np.concatenate((second & 63, (low >> 4) | (second >> 6 << 4)), axis=-1)
+    return (
+        _f16(b[..., :2]) * scales.astype(np.float32),
+        _f16(b[..., 2:4]) * minimums.astype(np.float32),
+    )
+
+
+def _k_nibbles(raw: Bytes) -> Bytes:
+    """[..., 128] bytes → [..., 256]: each 32 bytes hold two groups, one per nibble."""
+    quarters = raw.reshape(*raw.shape[:-1], 4, 32)
+    return _nibbles(quarters).reshape(*raw.shape[:-1], 256)
+
+
+def _q4_k(b: Bytes) -> Groups:
+    scales, minimums = _k_scales(b)
+    return Groups(_k_nibbles(b[..., 16:]), 4, 0, scales, minimums)
+
+
+def _q5_k(b: Bytes) -> Groups:
+    scales, minimums = _k_scales(b)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]  # group g has its fifth bits in bit g of the 32 bytes
+    fifth = (b[..., None, 16:48] >> shifts & 1) << 4
+    codes = _k_nibbles(b[..., 48:]) | fifth.reshape(*b.shape[:-1], 256)
+    return Groups(codes, 5, 0, scales, minimums)
+
+
+def _q6_k(b: Bytes) -> Groups:
+    # Two halves of 128 weights: 64 bytes of nibbles and 32 bytes of top bits each.
+    low = _nibbles(b[..., :128].reshape(*b.shape[:-1], 2, 64))
+    shifts = np.array([[0], [2], [4], [6]], dtype=np.uint8)
+    high = (b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> shifts & 3) << 4
+    codes = low.reshape(*b.shape[:-1], 256) | high.reshape(*b.shape[:-1], 256)
+    factors = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
+    return Groups(codes, 6, 32, _f16(b[..., 208:210]) * factors, None)
+
+
+_UNPACKERS: Final[Mapping[str, tuple[int, Callable[[Bytes], Groups]]]] = {
+    "Q4_0": (18, _q4_0),
+    "Q4_1": (20, _q4_1),
+    "Q5_0": (22, _q5_0),
+    "Q5_1": (24, _q5_1),
+    "Q8_0": (34, _q8_0),
+    "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k),
+    "Q6_K": (210, _q6_k),
+}
+
+PLAIN: Final = ("F32", "F16", "BF16")
+QUANTISED: Final = tuple(_UNPACKERS)
+SUPPORTED: Final = PLAIN + QUANTISED
+
+
+def unpack(kind: str, rows: Bytes) -> Groups:
+    """Take quantised rows apart: `rows` is [rows, bytes of a row], `kind` one of `QUANTISED`."""
+    size, unpacker = _UNPACKERS[kind]
+    count = len(rows)
+    groups = unpacker(rows.reshape(count, -1, size))
+    return Groups(
+        groups.codes.reshape(count, -1),
+        groups.bits,
+        groups.zero,
+        groups.scales.reshape(count, -1),
+        None if groups.minimums is None else groups.minimums.reshape(count, -1),
+    )
+
+
+def decode(kind: str, rows: Bytes) -> F32:
+    """The weights of packed rows as float32: `rows` is [rows, bytes of a row], `kind` of `SUPPORTED`."""
+    if kind == "F32":
+        return rows.view("<f4").astype(np.float32)
+    if kind == "F16":
+        return rows.view("<f2").astype(np.float32)
+    if kind == "BF16":  # the upper half of a float32
+        return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    groups = unpack(kind, rows)
+    weights = groups.codes.astype(np.float32).reshape(*groups.scales.shape, groups.group)
+    if groups.zero:
+        weights -= np.float32(groups.zero)
+    weights *= groups.scales[..., None]
+    if groups.minimums is not None:
+        weights -= groups.minimums[..., None]
+    return weights.reshape(len(rows), -1)
