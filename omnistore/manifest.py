@@ -418,7 +418,7 @@ def _tensor(entry: Any, what: str) -> TensorEntry:
     node = _map(entry, f"{what}: tensor")
     _fields(node, f"{what}: tensor", required={"name", "type", "shape", "size", "blocks"})
     name = _text(node["name"], f"{what}: tensor name")
-    shape = tuple(_int(n, f"{name} shape", 1, MAX_SIZE) for n in _items(node["shape"], f"{name} shape", 1, 4))
+    shape = tuple(_int(n, f"{name} shape", 1, MAX_SIZE) for n in _items(node["shape"], f"{name} shape", 0, 4))
     size = _int(node["size"], f"{name} size", 1, MAX_SIZE)
     return TensorEntry(
         name, _text(node["type"], f"{name} type"), shape, size, _blocks(node["blocks"], size, name)
