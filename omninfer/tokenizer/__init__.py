@@ -1,0 +1,172 @@
+"""A model's own tokenizer, from its GGUF metadata: text to token ids and back.
+
+    __init__       Tokenizer, the only public name besides StreamDecoder
+    vocab          tokens, kinds, scores, special ids: checked once
+    spm, bpe       the two families of merging
+    pretokenizers  how each BPE model cuts text into words
+    stream         decoding one id at a time
+
+No network and no files: the metadata comes as a mapping, as `omnistore.chunker.gguf` reads it, and
+is not trusted. Chat templates are in `omninfer.chat`. Ids are those of llama.cpp, checked against
+its own test vocabularies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from omninfer.tokenizer.bpe import ByteLevelBPE
+from omninfer.tokenizer.pretokenizers import pre_tokenizer
+from omninfer.tokenizer.spm import SentencePiece
+from omninfer.tokenizer.stream import StreamDecoder
+from omninfer.tokenizer.vocab import Facts, Family, TokenKind, Vocab
+from omnistore.errors import InputError, MalformedGGUF, UnsupportedModel
+
+__all__ = ["StreamDecoder", "Tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT = 1 << 24
+"""Characters in one call of `encode`: far beyond any context, and a few seconds of work."""
+
+_SPACES = " \t\n\v\f\r"
+
+
+class _Merging(Protocol):
+    def encode(self, text: str, *, after_special: bool) -> list[int]: ...
+    def piece(self, id_: int) -> bytes: ...
+
+
+class Tokenizer:
+    """Text to ids and back, for one model. Safe to use from several threads."""
+
+    def __init__(self, vocab: Vocab, merging: _Merging) -> None:
+        self._vocab = vocab
+        self._merging = merging
+        special = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED)
+        # Longest first: a token that contains another one wins.
+        self._special = sorted(
+            ((text, i) for i, text in enumerate(vocab.texts) if vocab.kinds[i] in special),
+            key=lambda pair: len(pair[0].encode()),
+            reverse=True,
+        )
+
+    @classmethod
+    def from_metadata_untrusted(cls, metadata: Mapping[str, object]) -> Tokenizer:
+        """Build the tokenizer of a model.
+
+        Raises MalformedGGUF where the metadata is missing, contradicts itself or has the wrong
+        types, and UnsupportedModel where it describes a kind of tokenizer that is not built in.
+        An unknown BPE pre-tokenizer is only a warning in the log: the default one stands in.
+        """
+        facts = Facts(metadata)
+        match facts.text_untrusted("tokenizer.ggml.model"):
+            case "llama":
+                spm = Family(bos=1, eos=2, unknown=0, add_bos=True, add_space_prefix=True)
+                vocab = Vocab.from_facts_untrusted(facts, spm)
+                return cls(vocab, SentencePiece(vocab))
+            case "gpt2":
+                pre = pre_tokenizer(facts.text_untrusted("tokenizer.ggml.pre"))
+                has_bos = "tokenizer.ggml.bos_token_id" in metadata
+                bpe = Family(None, None, None, add_bos=pre.add_bos and has_bos, add_space_prefix=False)
+                vocab = Vocab.from_facts_untrusted(facts, bpe)
+                return cls(vocab, ByteLevelBPE.from_facts_untrusted(facts, vocab, pre))
+            case None:
+                raise MalformedGGUF(
+                    "the file has no tokenizer.ggml.model",
+                    remedy="Convert the model again with its tokenizer files beside it.",
+                )
+            case other:
+                raise UnsupportedModel(
+                    f"the tokenizer {other[:40]!r} is not supported",
+                    remedy="SentencePiece (llama) and byte-level BPE (gpt2) vocabularies are.",
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._vocab.texts)
+
+    @property
+    def bos(self) -> int | None:
+        return self._vocab.bos
+
+    @property
+    def eos(self) -> int | None:
+        return self._vocab.eos
+
+    @property
+    def eog(self) -> frozenset[int]:
+        """The ids that end a generation: EOS, end of turn, end of message and their like."""
+        return self._vocab.eog
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The ids of a text.
+
+        `add_special` adds BOS and EOS where the model wants them. `parse_special` turns the texts of
+        control tokens into those tokens: for rendered chat templates, never for what a stranger
+        wrote. Tokens that a model's makers added as ordinary words are recognised always.
+        Raises InputError for a text that is too long or no Unicode.
+        """
+        if len(text) > MAX_TEXT:
+            raise InputError(f"the text has {len(text)} characters, more than {MAX_TEXT}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"character {error.start} of the text is half of a surrogate pair") from None
+        vocab = self._vocab
+        ids: list[int] = []
+        if add_special and vocab.add_bos and vocab.bos is not None:
+            ids.append(vocab.bos)
+        after_special = True
+        for fragment in self._fragments(text, parse_special):
+            if isinstance(fragment, int):
+                ids.append(fragment)
+            else:
+                ids += self._merging.encode(fragment, after_special=after_special)
+            after_special = isinstance(fragment, int)
+        if add_special and vocab.add_bos and ids[1:2] == [vocab.bos]:
+            logger.warning("the prompt starts with the BOS token, and the model adds another one")
+        if add_special and vocab.add_eos and vocab.eos is not None:
+            ids.append(vocab.eos)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of some ids, as it continues a text before it: a leading space is kept.
+
+        Control tokens are left out unless `special`. Bytes that are no UTF-8 come out as U+FFFD.
+        Raises InputError for an id outside the vocabulary.
+        """
+        return b"".join(self._piece(id_, special) for id_ in ids).decode(errors="replace")
+
+    def stream(self, *, special: bool = False) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(lambda id_: self._piece(id_, special))
+
+    def _piece(self, id_: int, special: bool) -> bytes:
+        if not 0 <= id_ < len(self._vocab.texts):
+            raise InputError(f"token {id_} is outside the vocabulary of {len(self._vocab.texts)}")
+        if not special and self._vocab.kinds[id_] in (TokenKind.CONTROL, TokenKind.UNKNOWN):
+            return b""
+        return self._merging.piece(id_)
+
+    def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
+        """The text with special tokens cut out of it, a longer token before a shorter one."""
+        fragments: list[str | int] = [text] if text else []
+        for token, id_ in self._special:
+            if token not in text:
+                continue
+            if parse_special or self._vocab.kinds[id_] == TokenKind.USER_DEFINED:
+                fragments = [part for fragment in fragments for part in self._cut(fragment, token, id_)]
+        return fragments
+
+    def _cut(self, fragment: str | int, token: str, id_: int) -> list[str | int]:
+        if isinstance(fragment, int):
+            return [fragment]
+        first, *rest = fragment.split(token)
+        parts: list[str | int] = [first] if first else []
+        for between in rest:
+            kept = between.lstrip(_SPACES) if self._vocab.strip_after_special else between
+            parts += [id_, kept] if kept else [id_]
+        return parts
