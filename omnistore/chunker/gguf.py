@@ -234,7 +234,9 @@ class _Cursor:
         return self._file_size
 
     def malformed(self, fault: str) -> MalformedGGUF:
-        return MalformedGGUF(f"{self._name}: {fault}", remedy="The file is damaged or is not a GGUF model.")
+        # A fault may quote a key of 64 KiB.
+        shown = fault if len(fault) <= 400 else fault[:400] + "…"
+        return MalformedGGUF(f"{self._name}: {shown}", remedy="The file is damaged or is not a GGUF model.")
 
     def unsupported(self, what: str, remedy: str | None = None) -> UnsupportedGGUF:
         return UnsupportedGGUF(f"{self._name}: {what}", remedy=remedy)
@@ -303,7 +305,7 @@ def _read(cursor: _Cursor) -> GGUFHeader:
 def _read_version(cursor: _Cursor) -> int:
     magic = cursor.take(min(4, len(cursor.view)))
     if magic != MAGIC:
-        if magic and MAGIC.startswith(magic):
+        if MAGIC.startswith(magic):
             raise cursor.truncated()
         raise cursor.malformed(f"not a GGUF file: it begins with {magic!r}")
     version = cursor.number(_U32)

@@ -56,6 +56,13 @@ MetadataValue: TypeAlias = (
 )
 """Python's int is written as u32, float as f32, bytes as a string that need not be UTF-8."""
 
+Pairs: TypeAlias = Sequence[tuple[str | bytes, MetadataValue]]
+Metadata: TypeAlias = Mapping[str, MetadataValue] | Mapping[bytes, MetadataValue] | Pairs
+
+
+def _pairs(metadata: Metadata) -> list[tuple[str | bytes, MetadataValue]]:
+    return list(metadata.items()) if isinstance(metadata, Mapping) else list(metadata)
+
 
 @dataclass(frozen=True, slots=True)
 class TinyTensor:
@@ -86,9 +93,7 @@ class TinyGGUF:
 
     tensors: Sequence[TinyTensor] = ()
     """In the order of their infos."""
-    metadata: Mapping[str | bytes, MetadataValue] | Sequence[tuple[str | bytes, MetadataValue]] = field(
-        default_factory=dict
-    )
+    metadata: Metadata = field(default_factory=dict)
     """A sequence of pairs may repeat a key."""
     version: int = 3
     big_endian: bool = False
@@ -128,7 +133,7 @@ class TinyGGUF:
         return bytes(header + data + self.tail)
 
     def _header(self, offsets: Sequence[int]) -> bytearray:
-        pairs = list(self.metadata.items()) if isinstance(self.metadata, Mapping) else list(self.metadata)
+        pairs = _pairs(self.metadata)
         if self.alignment != 32 and self.declare_alignment:
             pairs.append(("general.alignment", self.alignment))
         tensor_count = len(self.tensors) if self.tensor_count is None else self.tensor_count
@@ -215,7 +220,7 @@ def split_set(model: TinyGGUF, stem: str, cuts: Sequence[int]) -> dict[str, byte
     """The model as a split set: file name to bytes; `cuts` are the tensor numbers that begin a new file."""
     edges = [0, *cuts, len(model.tensors)]
     names = split_names(stem, len(edges) - 1)
-    pairs = list(model.metadata.items()) if isinstance(model.metadata, Mapping) else list(model.metadata)
+    pairs = _pairs(model.metadata)
     found: dict[str, bytes] = {}
     for number, name in enumerate(names):
         split: list[tuple[str | bytes, MetadataValue]] = [
@@ -231,3 +236,96 @@ def split_set(model: TinyGGUF, stem: str, cuts: Sequence[int]) -> dict[str, byte
         )
         found[name] = part.build()
     return found
+
+
+_PIECES: Final = (
+    "▁t",
+    "he",
+    "▁the",
+    "an",
+    "▁and",
+    "▁a",
+    "in",
+    "er",
+    "on",
+    "▁w",
+    "▁s",
+    "ed",
+    "▁to",
+    "at",
+    "is",
+)
+"""Merged pieces of the tiny model's vocabulary, the most likely first."""
+
+
+def tiny_model(
+    layers: int = 2, *, width: int = 64, tied: bool = False, weight_type: str = "F32", seed: str = "tiny"
+) -> TinyGGUF:
+    """A llama that runs: sane shapes, deterministic weights, a SentencePiece vocabulary with bytes.
+
+    Four heads, two key/value heads, `weight_type` F32 or F16 for matrices. What it says is
+    gibberish, but the same gibberish everywhere.
+    """
+    tokens, scores, kinds = _vocabulary()
+    metadata: dict[str, MetadataValue] = {
+        "general.architecture": "llama",
+        "general.name": f"tiny-{seed}",
+        "general.file_type": 0 if weight_type == "F32" else 1,
+        "llama.block_count": layers,
+        "llama.context_length": 256,
+        "llama.embedding_length": width,
+        "llama.feed_forward_length": 2 * width,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": width // 4,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": Typed("f32", scores),
+        "tokenizer.ggml.token_type": Typed("i32", kinds),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (width, len(tokens))}
+    for n in range(layers):
+        block = {
+            "attn_norm": (width,),
+            "attn_q": (width, width),
+            "attn_k": (width, width // 2),
+            "attn_v": (width, width // 2),
+            "attn_output": (width, width),
+            "ffn_norm": (width,),
+            "ffn_gate": (width, 2 * width),
+            "ffn_up": (width, 2 * width),
+            "ffn_down": (2 * width, width),
+        }
+        shapes |= {f"blk.{n}.{name}.weight": shape for name, shape in block.items()}
+    shapes["output_norm.weight"] = (width,)
+    if not tied:
+        shapes["output.weight"] = (width, len(tokens))
+    return TinyGGUF([_weights(name, shape, weight_type, seed) for name, shape in shapes.items()], metadata)
+
+
+def _vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and token types: three special ones, 256 bytes, letters, a few merged pieces."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?'\""]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *letters, *_PIECES]
+    scores = [0.0] * 259 + [-100.0 - n for n in range(len(letters))] + [-1.0 - n for n in range(len(_PIECES))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(letters) + len(_PIECES))
+    return tokens, scores, kinds
+
+
+def _weights(name: str, shape: tuple[int, ...], weight_type: str, seed: str) -> TinyTensor:
+    """Ones for a norm, else uniform with variance 1/fan-in."""
+    count = prod(shape)
+    if len(shape) == 1:
+        return TinyTensor(name, "F32", shape, struct.pack(f"<{count}f", *[1.0] * count))
+    scale = (3 / shape[0]) ** 0.5 / 32768
+    raw = struct.unpack(f"<{count}h", pseudo_random(f"{seed}/{name}", 2 * count))
+    letter = {"F32": "f", "F16": "e"}[weight_type]
+    return TinyTensor(name, weight_type, shape, struct.pack(f"<{count}{letter}", *[x * scale for x in raw]))
