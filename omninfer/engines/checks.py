@@ -20,10 +20,12 @@ from omninfer.engines.interface import (
     WhichLogits,
     tensors_needed,
 )
-from omninfer.engines.packing import SUPPORTED, Bytes
+from omninfer.engines.packing import F32, SUPPORTED, Bytes, decode
 from omnistore.chunker.ggml import nbytes
 from omnistore.errors import InferenceError, InputError, LocalProtocolError, MalformedGGUF, UnsupportedModel
 
+SLAB_BYTES: Final = 8 << 20
+"""Packed bytes read at a time while loading: what a tensor takes beside its final form."""
 PIECE_BYTES: Final = 32 << 20
 """Most bytes of attention scores of one layer that a forward pass holds at a time."""
 MAX_PIECE: Final = 256
@@ -43,12 +45,23 @@ class PackedTensor:
     """A norm's weight or a bias; everything else is a matrix."""
     nbytes: int
 
-    def read(self, source: TensorSource) -> Bytes:
-        """The packed rows, [rows, bytes of a row]; a view of the source's memory."""
-        data = np.frombuffer(source.read(self.name), dtype=np.uint8)
-        if data.size != self.nbytes:
-            raise MalformedGGUF(f"tensor {self.name} has {data.size} bytes instead of {self.nbytes}")
-        return data.reshape(self.rows, -1)
+    def slabs(self, source: TensorSource) -> Iterator[tuple[slice, Bytes]]:
+        """The packed rows [rows, bytes of a row], read a slab of `SLAB_BYTES` at a time."""
+        stride = self.nbytes // self.rows
+        step = max(1, SLAB_BYTES // stride)
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            data = np.frombuffer(source.read(self.name, start * stride, stop * stride), dtype=np.uint8)
+            if data.size != (stop - start) * stride:
+                raise MalformedGGUF(f"tensor {self.name} ends after {start * stride + data.size} bytes")
+            yield slice(start, stop), data.reshape(stop - start, stride)
+
+    def decoded(self, source: TensorSource) -> F32:
+        """The whole tensor as float32: [columns] of a vector, [rows, columns] of a matrix."""
+        weights = np.empty((self.rows, self.columns), dtype=np.float32)
+        for rows, packed in self.slabs(source):
+            weights[rows] = decode(self.kind, packed)
+        return weights[0] if self.is_vector else weights
 
 
 def check_tensors(spec: StageSpec, source: TensorSource) -> dict[str, PackedTensor]:

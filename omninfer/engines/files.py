@@ -46,11 +46,11 @@ class FileTensorSource:
         tensor = self._where[name][1]
         return tensor.type, tensor.shape
 
-    def read(self, name: str) -> memoryview:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
         path, tensor = self._where[name]
-        data = bytearray(tensor.size)
+        data = bytearray((tensor.size if stop is None else stop) - start)
         with path.open("rb") as file:
-            file.seek(tensor.offset)
-            if file.readinto(data) != tensor.size:
+            file.seek(tensor.offset + start)
+            if file.readinto(data) != len(data):
                 raise SourceChanged(f"{path} ends before tensor {name} does")
         return memoryview(data)

@@ -40,8 +40,12 @@ class TensorSource(Protocol):
     def info(self, name: str) -> tuple[GGMLType, tuple[int, ...]]:
         """Type and shape, ne[0] (the input dimension of a matrix) first."""
 
-    def read(self, name: str) -> memoryview:
-        """The packed bytes of one tensor; the caller drops the view as soon as it has repacked it."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+        """Bytes [start, stop) of a tensor's packed data, or all of it.
+
+        Engines ask for a few MiB at a time, in order, and drop each view before they ask for the next,
+        so that no tensor is in memory twice.
+        """
 
 
 @dataclass(frozen=True, slots=True)

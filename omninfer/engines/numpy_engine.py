@@ -118,7 +118,7 @@ class NumpyStage:
         cache.reserve(held + len(x), self.limits.context)
         outputs = []
         for piece in self.limits.pieces(len(x), held):
-            h = self.matrices[EMBEDDING].rows(x[piece]) if self.spec.embed else x[piece]
+            h = self._enter(x[piece])
             for i in range(self.spec.last - self.spec.first):
                 h = self._layer(i, h, cache, held + piece.start)
             if self.spec.head:
@@ -162,6 +162,11 @@ class NumpyStage:
         if self._closed:
             raise LocalProtocolError("the stage is closed")
         self.limits.check_slot(slot)
+
+    def _enter(self, x: Tokens | Hidden) -> F32:
+        if self.spec.embed:
+            return self.matrices[EMBEDDING].rows(x.astype(np.int32, copy=False))
+        return x.astype(np.float32, copy=False)
 
     def _layer(self, index: int, h: F32, cache: SlotCache, start: int) -> F32:
         """One transformer block over tokens start, start+1, … of a slot."""
@@ -272,21 +277,23 @@ class NumpyEngine:
         vectors: dict[str, F32] = {}
         done = 0
         for name, tensor in tensors.items():
-            packed = tensor.read(source)
             if tensor.is_vector:
-                vectors[name] = decode(tensor.kind, packed)[0]
+                vectors[name] = tensor.decoded(source)
+            elif decoded or tensor.kind == "F32":
+                matrices[name] = DecodedMatrix(tensor.decoded(source))
             else:
-                matrices[name] = _matrix(tensor, packed, decoded=decoded)
+                matrices[name] = _packed(tensor, source)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
         return NumpyStage(limits, matrices, vectors, total)
 
 
-def _matrix(tensor: PackedTensor, packed: Bytes, *, decoded: bool) -> Matrix:
-    if decoded or tensor.kind == "F32":
-        return DecodedMatrix(decode(tensor.kind, packed))
-    return PackedMatrix(tensor.kind, packed.copy(), tensor.columns)
+def _packed(tensor: PackedTensor, source: TensorSource) -> PackedMatrix:
+    packed = np.empty((tensor.rows, tensor.nbytes // tensor.rows), dtype=np.uint8)
+    for rows, slab in tensor.slabs(source):
+        packed[rows] = slab
+    return PackedMatrix(tensor.kind, packed, tensor.columns)
 
 
 def engine() -> NumpyEngine:

@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
+# Plain integers would widen the arithmetic of the type checker, though not numpy's.
+_4, _6, _LOW, _SIX = np.uint8(4), np.uint8(6), np.uint8(15), np.uint8(63)
+
 
 @dataclass(frozen=True, slots=True)
 class Groups:
@@ -42,7 +45,7 @@ class Groups:
     @property
     def group(self) -> int:
         """How many neighbouring weights of a row share a scale: 16 or 32."""
-        return self.codes.shape[1] // self.scales.shape[1]
+        return int(self.codes.shape[1]) // int(self.scales.shape[1])
 
 
 def _f16(raw: Bytes) -> F32:
@@ -52,12 +55,12 @@ def _f16(raw: Bytes) -> F32:
 
 def _nibbles(raw: Bytes) -> Bytes:
     """[..., n] bytes → [..., 2n] codes: all low nibbles, then all high ones."""
-    return np.concatenate((raw & 0x0F, raw >> 4), axis=-1)
+    return np.concatenate((raw & _LOW, raw >> _4), axis=-1)
 
 
 def _fifth_bits(raw: Bytes) -> Bytes:
     """[..., 4] bytes → [..., 32]: bit j of the little-endian word, moved to 16."""
-    return np.unpackbits(raw, axis=-1, bitorder="little") << 4
+    return np.unpackbits(raw, axis=-1, bitorder="little") << _4
 
 
 def _q4_0(b: Bytes) -> Groups:
@@ -78,7 +81,7 @@ def _q5_1(b: Bytes) -> Groups:
 
 
 def _q8_0(b: Bytes) -> Groups:
-    return Groups(b[..., 2:] ^ 0x80, 8, 128, _f16(b[..., :2]), None)
+    return Groups(b[..., 2:] ^ np.uint8(0x80), 8, 128, _f16(b[..., :2]), None)
 
 
 def _k_scales(b: Bytes) -> tuple[F32, F32]:
@@ -88,8 +91,8 @@ def _k_scales(b: Bytes) -> tuple[F32, F32]:
     (minimum); groups 4-7 have their low nibbles in bytes 8-11 and their top two bits above those six.
     """
     first, second, low = b[..., 4:8], b[..., 8:12], b[..., 12:16]
-    scales = np.concatenate((first & 63, (low & 15) | (first >> 6 << 4)), axis=-1)
-    minimums = np.concatenate((second & 63, (low >> 4) | (second >> 6 << 4)), axis=-1)
+    scales = np.concatenate((first & _SIX, (low & _LOW) | (first >> _6 << _4)), axis=-1)
+    minimums = np.concatenate((second & _SIX, (low >> _4) | (second >> _6 << _4)), axis=-1)
     return (
         _f16(b[..., :2]) * scales.astype(np.float32),
         _f16(b[..., 2:4]) * minimums.astype(np.float32),
@@ -110,7 +113,7 @@ def _q4_k(b: Bytes) -> Groups:
 def _q5_k(b: Bytes) -> Groups:
     scales, minimums = _k_scales(b)
     shifts = np.arange(8, dtype=np.uint8)[:, None]  # group g has its fifth bits in bit g of the 32 bytes
-    fifth = (b[..., None, 16:48] >> shifts & 1) << 4
+    fifth = (b[..., None, 16:48] >> shifts & np.uint8(1)) << _4
     codes = _k_nibbles(b[..., 48:]) | fifth.reshape(*b.shape[:-1], 256)
     return Groups(codes, 5, 0, scales, minimums)
 
@@ -119,7 +122,7 @@ def _q6_k(b: Bytes) -> Groups:
     # Two halves of 128 weights: 64 bytes of nibbles and 32 bytes of top bits each.
     low = _nibbles(b[..., :128].reshape(*b.shape[:-1], 2, 64))
     shifts = np.array([[0], [2], [4], [6]], dtype=np.uint8)
-    high = (b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> shifts & 3) << 4
+    high = (b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> shifts & np.uint8(3)) << _4
     codes = low.reshape(*b.shape[:-1], 256) | high.reshape(*b.shape[:-1], 256)
     factors = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
     return Groups(codes, 6, 32, _f16(b[..., 208:210]) * factors, None)
