@@ -1,0 +1,142 @@
+"""Where a node lives on this machine, its limits, and its identity.
+
+`Config` is one record of limits, each with its unit and its reason. `load_key` reads or makes the
+Ed25519 identity of a home. Nothing here is global: the command line builds a `Config` from the
+environment once and passes it on.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from omnistore.errors import BadConfig
+from omnistore.keys import SEED_SIZE, PrivateKey
+
+KEY_NAME: Final = "identity.key"
+_KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x40))
+"""Protobuf of libp2p's PrivateKey{Type: Ed25519, Data: 64 bytes}, up to the data: seed, then public key."""
+_KEY_SIZE: Final = len(_KEY_PREFIX) + 2 * SEED_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a node may use. The defaults suit a workstation."""
+
+    home: Path
+    """`$OMNI_HOME`: index, identity, files fetched."""
+    busy_timeout: float = 30.0
+    """Seconds to wait for another process's write to the index before `StoreLocked`. A commit takes
+    milliseconds; the largest transaction, adding a 405B model, a few seconds."""
+    disk_reserve: int = 64 << 20
+    """Bytes of a disk that fetching leaves free: the index, and every other program, need some."""
+    copy_batch: int = 32 << 20
+    """Bytes copied locally between two commits: bounds memory and what a crash makes us copy again."""
+    node_grace: float = 3600.0
+    """Seconds that garbage collection spares a node no pin reaches: somebody may be fetching its model."""
+    window: int = 64 << 20
+    """Most bytes a fetch has asked for and not received: a gigabit a second times half a second."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Config:
+        """Read `OMNI_HOME` (default `~/.omni`). Raises `BadConfig`."""
+        text = environ.get("OMNI_HOME", "")
+        try:
+            home = Path(text).expanduser() if text else Path.home() / ".omni"
+        except RuntimeError as error:
+            raise BadConfig(
+                f"the home directory is unknown: {error}", remedy="Set OMNI_HOME to a directory."
+            ) from None
+        if home.exists() and not home.is_dir():
+            raise BadConfig(f"OMNI_HOME={home} is not a directory", remedy="Set OMNI_HOME to a directory.")
+        return cls(home=home.absolute())
+
+
+def make_home(home: Path) -> None:
+    """Create the home, for its owner only. Raises `BadConfig`."""
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadConfig(
+            f"{home} can not be created: {error.strerror}",
+            remedy="Set OMNI_HOME to a directory you may write.",
+        ) from None
+
+
+def load_key(home: Path) -> PrivateKey:
+    """The identity of this home, made on first use.
+
+    The file holds libp2p's protobuf form of the private key, as other libp2p programs write it. Two
+    processes that make it at once agree on one. Raises `BadConfig` for a file that others can read.
+    """
+    path = home / KEY_NAME
+    try:
+        return _read_key(path)
+    except FileNotFoundError:
+        make_home(home)
+        return _make_key(path)
+
+
+def _read_key(path: Path) -> PrivateKey:
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            data = file.read(_KEY_SIZE + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadConfig(f"{path} can not be read: {error.strerror}") from None
+    if mode & 0o077:
+        raise BadConfig(
+            f"{path} can be read or written by others (mode {mode:04o})",
+            remedy=f"Run `chmod 600 {path}`; if the key may have leaked, delete it for a new identity.",
+        )
+    key = (
+        PrivateKey(data[len(_KEY_PREFIX) : len(_KEY_PREFIX) + SEED_SIZE]) if len(data) == _KEY_SIZE else None
+    )
+    if key is None or data != _encode(key):
+        raise BadConfig(
+            f"{path} is not an Ed25519 private key in libp2p's form",
+            remedy="Restore it from a backup, or delete it for a new identity.",
+        )
+    return key
+
+
+def _encode(key: PrivateKey) -> bytes:
+    return _KEY_PREFIX + key.seed + key.public.raw
+
+
+def _make_key(path: Path) -> PrivateKey:
+    temporary = path.with_name(f".{KEY_NAME}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(_encode(PrivateKey(secrets.token_bytes(SEED_SIZE))))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                # Unlike a rename, a link fails when another process was first: its key then stands.
+                os.link(temporary, path)
+            except FileExistsError:
+                return _read_key(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise BadConfig(f"{path} can not be written: {error.strerror}") from None
+    return _read_key(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
