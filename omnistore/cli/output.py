@@ -171,8 +171,8 @@ class _Lines:
 @contextmanager
 def _bar(what: str, total: int, binary: bool) -> Iterator[Progress]:
     # rich takes 40 ms to import and only a terminal needs it.
-    from rich.console import Console
     from rich import progress as drawn
+    from rich.console import Console
 
     columns = (
         (drawn.DownloadColumn(), drawn.TransferSpeedColumn()) if binary else (drawn.MofNCompleteColumn(),)

@@ -30,7 +30,7 @@ class Model:
     publisher: PublicKey | None
     """Whose signature was checked; None when known only by its bare manifest."""
     parts: Mapping[PartKey, Part]
-    """The part nodes in hand; all of them for a model added here."""
+    """The part nodes in hand; all of them for a model added here. May decode on access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,21 @@ class ModelStatus:
 
     model: Model
     pinned: frozenset[PartKey]
-    """Parts that garbage collection keeps; empty for a model that is only passing through."""
+    """Parts that garbage collection keeps, whole or still being fetched; empty after `unpin`."""
     complete: frozenset[PartKey]
     """Parts whose every block is held."""
     bytes_held: int
+    """Payload bytes held, a block that lies in several places counted at each."""
     files: tuple[Path, ...]
-    """Where its files are: referenced in place, or under the home; empty while unassembled."""
+    """Where its files are, in the manifest's order: referenced in place, or under the home (`NAME.gguf`, or
+    a sparse `NAME.gguf.part` while it is not whole). Empty unless all of them have a place."""
     referenced: bool
     """True when the files are the user's own, referenced in place."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part is complete."""
+        return len(self.complete) == len(self.model.manifest.parts)
 
 
 class Assembly(Protocol):
@@ -78,9 +85,11 @@ class Assembly(Protocol):
         ...
 
     def finish(self, output: Path | None = None) -> Sequence[Path]:
-        """Pin the parts. When all parts are whole, give the files their names (under `output` if given).
+        """End the assembly: with every part of the model whole, the files get their names.
 
-        Raises `BlockMissing` while something is missing. A partial assembly stays a sparse `.part`.
+        The files' paths, in the manifest's order; a partial assembly stays a sparse `.part`. `output` is
+        a file, or a directory (the only choice for several files), that gets the files too; refused
+        with `InputError` for a partial assembly. Raises `BlockMissing` while something is missing.
         """
         ...
 
@@ -124,15 +133,27 @@ class Store(Protocol):
         """One model's status. Raises `BlockMissing`."""
         ...
 
+    def find(self, text: str) -> Model:
+        """The model a person means: a CID, the beginning of one (12 characters or more), or a name.
+
+        Raises `BlockMissing` when none fits and `InputError`, listing them, when several do.
+        """
+        ...
+
+    def unpin(self, cid: CID, parts: Collection[PartKey] | None = None) -> None:
+        """Let garbage collection have these parts (None: all) of a model. Raises `BlockMissing`."""
+        ...
+
     def announced(self) -> Collection[CID]:
         """What to advertise: signed manifests, manifests, and parts held whole."""
         ...
 
     def assemble(self, model: Model, placements: Sequence[Placement], parts: Collection[PartKey]) -> Assembly:
-        """Open (or resume) the files of `model`. `placements` covers at least `parts`.
+        """Open (or resume) the files of `model` and pin `parts`. `placements` covers at least `parts`.
 
-        Blocks held under other models are copied in at once. Raises `StoreLocked` when another
-        process assembles the same model, `StoreFull` when the disk has no room.
+        The model's nodes must have been `put_node`. Pinned at once, so that no garbage collection takes
+        what is being fetched; blocks held under other models are copied in at once. Raises
+        `StoreLocked` when the same model is being assembled already, `StoreFull` when the disk has no room.
         """
         ...
 
