@@ -39,19 +39,25 @@ ENGINES: Final[Mapping[str, str]] = {
 
 
 def get_engine(name: str) -> Engine:
-    """The engine of that name, imported now; it may still be unavailable on this machine."""
+    """The engine of that name, imported now; raises `BadConfig` if it can not run on this machine."""
     if name not in ENGINES:
         raise BadConfig(f"no engine is called {name!r}", remedy=f"engines: auto, {', '.join(ENGINES)}")
-    return cast(Engine, importlib.import_module(ENGINES[name]).engine())
+    try:
+        engine = cast(Engine, importlib.import_module(ENGINES[name]).engine())
+    except ImportError as error:
+        raise BadConfig(f"the engine {name} can not be loaded: {error}", remedy="try --engine auto") from None
+    reason = engine.unavailable()
+    if reason is not None:
+        raise BadConfig(f"the engine {name} can not run here: {reason}", remedy="try --engine auto")
+    return engine
 
 
 def pick_engine(name: str = "auto") -> Engine:
     """The engine to use: `name`, or for "auto" mlx where a GPU answers and numpy elsewhere."""
     if name != "auto":
-        engine = get_engine(name)
-        reason = engine.unavailable()
-        if reason is not None:
-            raise BadConfig(f"the engine {name} can not run here: {reason}", remedy="try --engine auto")
-        return engine
-    mlx = get_engine("mlx")
-    return mlx if mlx.unavailable() is None and mlx.accelerated() else get_engine("numpy")
+        return get_engine(name)
+    try:
+        mlx = get_engine("mlx")
+    except BadConfig:
+        return get_engine("numpy")
+    return mlx if mlx.accelerated() else get_engine("numpy")

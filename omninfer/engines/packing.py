@@ -139,6 +139,18 @@ _UNPACKERS: Final[Mapping[str, tuple[int, Callable[[Bytes], Groups]]]] = {
     "Q6_K": (210, _q6_k),
 }
 
+FORMS: Final[Mapping[str, tuple[int, int]]] = {
+    "Q4_0": (4, 32),
+    "Q4_1": (4, 32),
+    "Q5_0": (5, 32),
+    "Q5_1": (5, 32),
+    "Q8_0": (8, 32),
+    "Q4_K": (4, 32),
+    "Q5_K": (5, 32),
+    "Q6_K": (6, 16),
+}
+"""Bits of a code and weights of a group: what `unpack` will answer, known before there is data."""
+
 PLAIN: Final = ("F32", "F16", "BF16")
 QUANTISED: Final = tuple(_UNPACKERS)
 SUPPORTED: Final = PLAIN + QUANTISED

@@ -1,0 +1,219 @@
+"""GGUF weights as MLX holds and multiplies them.
+
+Every quantisation of `packing` becomes codes that `mx.quantized_matmul` reads as they are, so no weight is
+ever decoded in memory. MLX wants w = scale * code + bias with groups of 32 along a row:
+
+- groups of 32 (all but Q6_K): scale as it is, bias = -zero * scale - minimum;
+- Q6_K has groups of 16, which MLX lacks. Each group of 32 codes gets the scales of both its halves, and a
+  product is two: one with the first scales and x zeroed in the second halves, one the other way round. It
+  costs twice the time, on the few tensors that are Q6_K in common files, and 8.0 bits a weight instead of
+  6.6; decoding to float16 would take 16.
+
+Scales and biases are float16 wherever that loses no more than rounding to a half does (`_Buffer.fill`):
+exact for Q4_0 … Q8_0, whose scales are halfs in the file, and within 2**-11 of the tensor's largest for
+K-quants. In float32 a Q4_K weight would take 6 bits instead of 5, more than an engine's memory rule allows.
+
+F32, F16 and BF16 stay what they are. Where the activations are of another type (float32 on the CPU), a
+product converts a slab of rows at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from omninfer.engines.checks import PackedTensor
+from omninfer.engines.interface import TensorSource
+from omninfer.engines.packing import FORMS, PLAIN, Bytes, unpack
+
+Array = Any
+"""mlx.core.array, which has no types that a strict check could use."""
+
+GROUP: Final = 32
+CONVERTED_WEIGHTS: Final = 4 << 20
+"""Weights converted to the activations' type at a time: 16 MB of float32."""
+
+
+class Matrix(Protocol):
+    """A weight matrix [outputs, inputs], however it is held; products and rows are float32."""
+
+    def product(self, x: Array) -> Array:
+        """x @ matrix.T"""
+
+    def rows(self, index: Array) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMatrix:
+    weights: Array
+    compute: Any
+    """Type in which products are computed: float32, or on a GPU float16 (bfloat16 for such weights)."""
+
+    def product(self, x: Array) -> Array:
+        w = self.weights
+        if w.dtype == self.compute:
+            return (x.astype(self.compute) @ w.T).astype(mx.float32)
+        step = max(1, CONVERTED_WEIGHTS // w.shape[1])
+        parts = []
+        for start in range(0, w.shape[0], step):
+            part = x.astype(self.compute) @ w[start : start + step].astype(self.compute).T
+            if w.shape[0] > step:
+                mx.eval(part)  # else the conversions of all slabs would be in memory at once
+            parts.append(part)
+        return mx.concatenate(parts, axis=-1).astype(mx.float32)
+
+    def rows(self, index: Array) -> Array:
+        return self.weights[index].astype(mx.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantMatrix:
+    """Groups of 32."""
+
+    codes: Array
+    scales: Array
+    biases: Array
+    bits: int
+    compute: Any
+
+    def product(self, x: Array) -> Array:
+        y = mx.quantized_matmul(
+            x.astype(self.compute),
+            self.codes,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=GROUP,
+            bits=self.bits,
+        )
+        return y.astype(mx.float32)
+
+    def rows(self, index: Array) -> Array:
+        scales, biases = self.scales[index].astype(mx.float32), self.biases[index].astype(mx.float32)
+        return mx.dequantize(self.codes[index], scales, biases, group_size=GROUP, bits=self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class HalvedQuantMatrix:
+    """Groups of 16: the same codes under the scales of the first and of the second half of each 32."""
+
+    first: QuantMatrix
+    second: QuantMatrix
+
+    def product(self, x: Array) -> Array:
+        mask = self._first_halves(x.shape[-1])
+        zero = mx.array(0, dtype=x.dtype)
+        return self.first.product(mx.where(mask, x, zero)) + self.second.product(mx.where(mask, zero, x))
+
+    def rows(self, index: Array) -> Array:
+        first, second = self.first.rows(index), self.second.rows(index)
+        return mx.where(self._first_halves(first.shape[-1]), first, second)
+
+    @staticmethod
+    def _first_halves(columns: int) -> Array:
+        return mx.arange(columns) % GROUP < GROUP // 2
+
+
+def load_vector(tensor: PackedTensor, source: TensorSource) -> Array:
+    return mx.array(tensor.decoded(source))
+
+
+def load_matrix(tensor: PackedTensor, source: TensorSource, compute: Any) -> Matrix:
+    """Repack one tensor, slab by slab; `compute` is the type in which its products are to be computed."""
+    if tensor.kind in PLAIN:
+        return _load_dense(tensor, source, compute)
+    try:
+        return _load_quantised(tensor, source, compute, mx.float16)
+    except _ScalesTooWide:
+        return _load_quantised(tensor, source, compute, mx.float32)
+
+
+class _ScalesTooWide(Exception):
+    """The scales or biases of a tensor do not fit into halfs."""
+
+
+class _Buffer:
+    """An MLX array that is written through numpy.
+
+    In place on the CPU, so that nothing is in memory twice; on a GPU, where that memory may not be the
+    host's, by way of a numpy array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._array = mx.zeros(shape, dtype)
+        mx.eval(self._array)
+        self._in_place = mx.default_device() == mx.Device(mx.cpu)
+        view = np.asarray(memoryview(self._array))  # type: ignore[arg-type]  # it has the buffer protocol
+        self._view: NDArray[Any] = view if self._in_place else np.zeros_like(view)
+
+    def fill(self, rows: slice, values: NDArray[Any]) -> None:
+        """Write rows, which may round float32 to halfs by no more than 2**-11 of the largest value."""
+        kept = self._view[rows]
+        with np.errstate(over="ignore"):
+            kept[...] = values
+        if kept.dtype == np.float16 and values.dtype == np.float32:
+            lost = np.abs(kept.astype(np.float32) - values).max()
+            if not lost <= 2.0**-11 * np.abs(values).max():
+                raise _ScalesTooWide
+
+    def array(self) -> Array:
+        return self._array if self._in_place else mx.array(self._view)
+
+
+def _load_dense(tensor: PackedTensor, source: TensorSource, compute: Any) -> DenseMatrix:
+    # numpy has no bfloat16: the bits go in as integers and are then called what they are.
+    raw, dtype = {
+        "F32": (mx.float32, mx.float32),
+        "F16": (mx.float16, mx.float16),
+        "BF16": (mx.uint16, mx.bfloat16),
+    }[tensor.kind]
+    buffer = _Buffer((tensor.rows, tensor.columns), raw)
+    for rows, packed in tensor.slabs(source):
+        buffer.fill(rows, packed.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.kind]))
+    weights = buffer.array().view(dtype)
+    mx.eval(weights)
+    if compute == mx.float16 and dtype != mx.float16:
+        compute = dtype  # a GPU multiplies these as they are; a half could not hold them
+    return DenseMatrix(weights, compute)
+
+
+def _load_quantised(tensor: PackedTensor, source: TensorSource, compute: Any, scale_type: Any) -> Matrix:
+    bits, group = FORMS[tensor.kind]
+    halves = GROUP // group
+    shape = (tensor.rows, tensor.columns // GROUP)
+    codes = _Buffer((tensor.rows, tensor.columns * bits // 32), mx.uint32)
+    scales = [_Buffer(shape, scale_type) for _ in range(halves)]
+    biases = [_Buffer(shape, scale_type) for _ in range(halves)]
+    for rows, packed in tensor.slabs(source):
+        groups = unpack(tensor.kind, packed)
+        codes.fill(rows, pack_codes(groups.codes, bits))
+        for half in range(halves):
+            scale = groups.scales[:, half::halves]
+            bias = -groups.zero * scale if groups.minimums is None else -groups.minimums
+            scales[half].fill(rows, scale)
+            biases[half].fill(rows, bias)
+    packed_codes = codes.array()
+    parts = [
+        QuantMatrix(packed_codes, s.array(), b.array(), bits, compute)
+        for s, b in zip(scales, biases, strict=True)
+    ]
+    return parts[0] if halves == 1 else HalvedQuantMatrix(*parts)
+
+
+def pack_codes(codes: Bytes, bits: int) -> NDArray[np.uint32]:
+    """[rows, columns] codes as MLX's words: one little-endian string of bits per row, low bits first."""
+    rows = len(codes)
+    if bits == 8:
+        packed = codes
+    elif bits == 4:
+        packed = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+    else:  # 5 or 6 bits: eight codes are `bits` whole bytes
+        words = np.zeros((rows, codes.shape[1] // 8), dtype="<u8")
+        for i in range(8):
+            words |= codes[:, i::8].astype(np.uint64) << np.uint64(bits * i)
+        packed = words.view(np.uint8).reshape(rows, -1, 8)[..., :bits].reshape(rows, -1)
+    return np.ascontiguousarray(packed).view("<u4")
