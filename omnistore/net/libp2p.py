@@ -1,0 +1,339 @@
+"""The real network: one py-libp2p host over TCP, Noise and Yamux (spec/04-discovery §1-§2).
+
+Importing this module imports libp2p (0.5 s, 69 MiB): do so where a node starts, not before.
+
+Only the package `omnistore.net` knows libp2p, and each of its faults is mended in a module named
+after it: `yamux`, `dialing`, `isolation`, `addresses`, `quiet`, `kademlia`. Deliberately off: mDNS,
+UPnP, relays, QUIC, address discovery, and dialling anybody on the library's own account.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr
+
+from omnistore.errors import BadConfig, OmniError, PeerUnreachable
+from omnistore.keys import PrivateKey
+from omnistore.net.addresses import (
+    Address,
+    check_listenable,
+    expand,
+    interface_addresses,
+    parse_dialable_untrusted,
+    parse_untrusted,
+)
+from omnistore.net.dialing import MAX_ADDRESSES, Dialer
+from omnistore.net.interface import Provider, Stream, StreamServer
+from omnistore.net.isolation import abort, free_inbound_slots, isolate_streams
+from omnistore.net.quiet import quieten
+from omnistore.net.yamux import Liveness, install
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 512
+"""Connections at once; each costs two sockets' buffers and three tasks."""
+ADDRESS_TTL: Final = 3600
+"""Seconds that an address we were given is remembered."""
+RECEIVE_SIZE: Final = 1 << 20
+"""Most bytes asked from the muxer at once: a block's worth."""
+CLOSE_PATIENCE: Final = 1.0
+"""Seconds for closing connections in good order; then they are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """Deadlines and addresses of one node's network."""
+
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to hand out first, as seen from outside (a forwarded port, a DNS name)."""
+    dial_deadline: float = 10.0
+    """Seconds to connect to a peer, all its addresses together."""
+    open_deadline: float = 10.0
+    """Seconds to agree on a stream's protocol."""
+    liveness: Liveness = field(default_factory=Liveness)
+
+
+@dataclass(slots=True)
+class Libp2pStream:
+    """A stream of the host, with `PeerUnreachable` as its only failure.
+
+    A receive or send that was cancelled leaves the stream in doubt: reset it.
+    """
+
+    raw: Any
+    """The library's `NetStream`."""
+    peer: str
+    """The authenticated peer ID at the other end."""
+    _closed: bool = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. Raises `PeerUnreachable` when the stream or connection broke."""
+        with _translated(f"the stream to {self.peer} broke while sending"):
+            # The muxed stream directly: the layer above it would copy and check once more.
+            await self.raw.muxed_stream.write(data)
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """At least one byte, or `b""` at a clean end. Raises `PeerUnreachable` on a reset."""
+        with _translated(f"the stream to {self.peer} broke while receiving"):
+            try:
+                data: bytes = await self.raw.read(min(max_bytes, RECEIVE_SIZE))
+            except StreamEOF:
+                if self._ended_cleanly():
+                    return b""
+                raise
+        return data
+
+    async def receive_exactly(self, count: int) -> bytes:
+        """Exactly `count` bytes. Raises `PeerUnreachable` when the stream ends first."""
+        parts: list[bytes] = []
+        missing = count
+        while missing:
+            part = await self.receive_some(missing)
+            if not part:
+                raise PeerUnreachable(f"{self.peer} ended the stream {missing} bytes early")
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ended_cleanly(self) -> bool:
+        """Whether an end of file is the peer's FIN: upstream reports resets and lost connections so too."""
+        muxed = self.raw.muxed_stream
+        return (
+            bool(muxed.recv_closed)
+            and not muxed.reset_received
+            and not muxed.conn.event_shutting_down.is_set()
+        )
+
+    async def aclose(self) -> None:
+        """Close cleanly; never raises, safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_PATIENCE, shield=True):
+            try:
+                await self.raw.close()
+            except Exception as error:  # noqa: BLE001  # upstream raises anything from a broken stream
+                logger.debug("closing a stream to %s failed: %r", self.peer, error)
+
+    async def reset(self) -> None:
+        """Abort; never raises, safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        with trio.CancelScope(shield=True):
+            await abort(self.raw, CLOSE_PATIENCE)
+
+
+@dataclass(slots=True)
+class Libp2pNetwork:
+    """A running host. Made by `open_network`."""
+
+    host: Any
+    """The library's host; for the modules of this package only."""
+    peer_id: str
+    options: NetworkOptions
+    _served: dict[str, StreamServer] = field(default_factory=dict)
+
+    def addrs(self) -> Sequence[str]:
+        """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
+        return [str(addr) for addr in self.host.get_addrs()]
+
+    def peers(self) -> Sequence[str]:
+        """The peers we are connected to."""
+        return [str(peer) for peer in self.host.get_connected_peers()]
+
+    async def connect(self, addr: str) -> str:
+        """Dial a multiaddr ending in `/p2p/…`; the peer ID reached."""
+        address, peer = parse_dialable_untrusted(addr)
+        await self._connect(Provider(peer, (address.transport,)))
+        return peer
+
+    async def disconnect(self, peer: str) -> None:
+        """Close every connection to a peer; never raises."""
+        await _close_all(self.host.get_network().get_connections(_peer_untrusted(peer)))
+
+    async def open_stream(self, provider: Provider, protocol: str) -> Stream:
+        """Open a stream, dialling the provider's addresses if not connected."""
+        await self._connect(provider)
+        peer = _peer_untrusted(provider.peer)
+        with (
+            _translated(f"{provider.peer} did not open a stream of {protocol}"),
+            trio.fail_after(self.options.open_deadline),
+        ):
+            return Libp2pStream(await self.host.new_stream(peer, [protocol]), provider.peer)
+
+    def serve(self, protocol: str, server: StreamServer) -> None:
+        """Answer inbound streams of `protocol` with `server`; its stream is closed when it returns."""
+
+        async def run(raw: Any) -> None:
+            stream = Libp2pStream(raw, str(raw.muxed_conn.peer_id))
+            try:
+                await server(stream)
+            except BaseException:
+                await stream.reset()
+                raise
+            await stream.aclose()
+
+        self._served[protocol] = server
+        self.host.set_stream_handler(protocol, run)
+
+    async def _connect(self, provider: Provider) -> None:
+        peer = _peer_untrusted(provider.peer)
+        if provider.peer == self.peer_id:
+            raise PeerUnreachable(f"{provider.peer} is this node itself")
+        known = []
+        for text in provider.addrs[:MAX_ADDRESSES]:
+            known.append(Multiaddr(parse_untrusted(text).transport))
+        network = self.host.get_network()
+        if known:
+            network.peerstore.add_addrs(peer, known, ADDRESS_TTL)
+        with _translated(f"can not reach {provider.peer}"):
+            await network.dial_peer(peer)
+
+
+@asynccontextmanager
+async def open_network(
+    key: PrivateKey, listen: Sequence[str], options: NetworkOptions | None = None
+) -> AsyncIterator[Libp2pNetwork]:
+    """Run a host on the `listen` multiaddrs until the block ends.
+
+    Raises `BadConfig` for an address that can not be listened on. On leaving, however it happens,
+    every connection and listener is closed.
+    """
+    options = options or NetworkOptions()
+    wanted = [parse_untrusted(text) for text in listen]
+    outside = [parse_untrusted(text) for text in options.announce]
+    check_listenable(wanted)
+    quieten()
+    host = _new_host(key, outside, options)
+    network = Libp2pNetwork(host, key.public.peer_id, options)
+    try:
+        async with host.run(listen_addrs=[Multiaddr(address.transport) for address in wanted]):
+            try:
+                _check_listening(host, wanted)
+                yield network
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _close_host(host)
+    except BaseExceptionGroup as group:
+        # The library's nurseries wrap what the body raised, once per layer.
+        alone = _only_exception(group)
+        if alone is None:
+            raise
+        raise alone from None
+
+
+def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptions) -> Any:
+    pair = create_new_key_pair(key.seed)
+    noise = NoiseTransport(pair, noise_privkey=create_new_x25519_key_pair().private_key)
+    host = new_host(
+        key_pair=pair,
+        sec_opt={NOISE: noise},
+        muxer_opt={YAMUX: Yamux},
+        enable_mDNS=False,
+        enable_upnp=False,
+        disable_identify_address_discovery=True,
+        addrs_factory=lambda bound: _dialable(bound, outside),
+        connection_config=ConnectionConfig(
+            # A low watermark above zero makes the library dial every peer it has heard of.
+            min_connections=0,
+            low_watermark=0,
+            high_watermark=MAX_CONNECTIONS,
+            max_connections=MAX_CONNECTIONS,
+            outbound_stream_protocol_negotiation_timeout=math.ceil(options.open_deadline),
+        ),
+    )
+    swarm = host.get_network()
+    # Its circuit breaker refuses everybody after a few peers failed; our own bounds are in `isolation`.
+    swarm.set_resource_manager(None)
+    swarm.dial_peer = Dialer(swarm, options.dial_deadline).dial_peer
+    install(swarm.upgrader, options.liveness)
+    isolate_streams(swarm)
+    free_inbound_slots(swarm)
+    return host
+
+
+def _dialable(bound: Sequence[Any], outside: Sequence[Address]) -> list[Any]:
+    inside = expand((parse_untrusted(str(addr)) for addr in bound), interface_addresses() if bound else ())
+    return [Multiaddr(address.transport) for address in dict.fromkeys((*outside, *inside))]
+
+
+def _check_listening(host: Any, wanted: Sequence[Address]) -> None:
+    """The library reports success when one of several addresses worked."""
+    listening = host.get_network().listeners
+    for address in wanted:
+        if str(Multiaddr(address.transport)) not in listening:
+            raise BadConfig(f"can not listen on {address}", remedy="Choose another address with --listen.")
+
+
+async def _close_host(host: Any) -> None:
+    """Close all connections at once (one after another each takes 0.2 s), then the listeners."""
+    with trio.move_on_after(CLOSE_PATIENCE):
+        await _close_all(host.get_network().get_connections())
+    with trio.move_on_after(CLOSE_PATIENCE):
+        await host.close()
+    for listener in list(host.get_network().listeners.values()):
+        with trio.move_on_after(CLOSE_PATIENCE):
+            await listener.close()
+
+
+async def _close_all(connections: Sequence[Any]) -> None:
+    async def close(conn: Any) -> None:
+        try:
+            await conn.close()
+        except Exception as error:  # noqa: BLE001  # upstream raises anything from a broken connection
+            logger.debug("closing a connection failed: %r", error)
+
+    async with trio.open_nursery() as nursery:
+        for conn in connections:
+            nursery.start_soon(close, conn)
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn whatever the library raises into `PeerUnreachable`."""
+    try:
+        yield
+    except OmniError:
+        raise
+    except trio.TooSlowError:
+        raise PeerUnreachable(f"{what}: no answer in time") from None
+    except Exception as error:  # upstream raises exceptions of twenty kinds, groups of them included
+        # The library dumps its state over several lines.
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise PeerUnreachable(f"{what}: {reason}") from error
+
+
+def _peer_untrusted(text: str) -> Any:
+    """The library's form of a peer ID. Raises `PeerUnreachable`: nobody answers to a malformed one."""
+    try:
+        return ID.from_base58(text)
+    except ValueError as error:
+        raise PeerUnreachable(f"{text[:80]!r} is not a peer ID: {error}") from None
+
+
+def _only_exception(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The one exception inside nested groups, if there is just one."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        if len(found.exceptions) != 1:
+            return None
+        found = found.exceptions[0]
+    return found

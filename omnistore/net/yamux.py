@@ -1,0 +1,159 @@
+"""Yamux as py-libp2p 0.8.1 has it, with five faults mended (bytes on the wire unchanged).
+
+- A full frame (65,524 bytes and its header) spills into a second Noise record: frames are cut so
+  that one frame is one record. With the next, bulk transfers run about half as fast again.
+- A sender at a zero window polls every 10 ms: here it is woken by the window update.
+- A consumer that stalls for 5 s gets its stream torn down: here the sender waits, since a stalled
+  disk is no fault, and only a dead connection ends the wait.
+- A write cancelled half-way leaves half a record on the wire, which breaks every stream of the
+  connection: a frame once begun is finished, or the connection is closed.
+- A peer that stopped answering is never noticed: each connection is pinged, and closed when no
+  answer comes (`Liveness`).
+
+Deliberately not here: an own record layer and muxer. Everything touches private names of
+py-libp2p, and only in this file; tests/system/test_upstream.py fails when upstream mends one.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+from libp2p.stream_muxer import muxer_multistream
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.stream_muxer.yamux import yamux as upstream
+
+logger = logging.getLogger(__name__)
+
+HEADER: Final = struct.Struct("!BBHII")
+MAX_PAYLOAD: Final = 65535 - 16 - HEADER.size
+"""Bytes of one data frame: with its header, the most plaintext that one Noise record carries."""
+_TYPE_DATA: Final = 0
+_TYPE_PING: Final = 2
+_FLAG_SYN: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """When a connection counts as dead."""
+
+    ping_every: float = 5.0
+    """Seconds between the pings of a connection."""
+    patience: float = 15.0
+    """Seconds that a ping, or one frame on its way into the socket, may take."""
+
+
+class LiveYamuxStream(upstream.YamuxStream):  # type: ignore[misc]  # libp2p is untyped to us
+    """A stream whose sender sleeps until the window opens."""
+
+    def __init__(self, stream_id: int, conn: Any, is_initiator: bool) -> None:
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._window = 0
+        self._ended = False
+        super().__init__(stream_id, conn, is_initiator)
+
+    @property
+    def send_window(self) -> int:
+        """Bytes the peer still accepts. Upstream's reader adds to it: that is what wakes the sender."""
+        return self._window
+
+    @send_window.setter
+    def send_window(self, value: int) -> None:
+        self._window = value
+        if value > 0:
+            self._waiting.unpark_all()
+
+    @property
+    def closed(self) -> bool:
+        """Whether both directions ended; set by upstream's reader on a reset."""
+        return self._ended
+
+    @closed.setter
+    def closed(self, value: bool) -> None:
+        self._ended = value
+        self._waiting.unpark_all()
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything, as fast as the peer's window opens."""
+        view = memoryview(data).cast("B")
+        sent = 0
+        while sent < len(view):
+            while self.send_window <= 0 and not (self.closed or self.send_closed):
+                await self._waiting.park()
+            if self.closed or self.send_closed:
+                raise MuxedStreamError("stream closed while sending")
+            size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
+            self.send_window -= size
+            header = HEADER.pack(0, _TYPE_DATA, 0, self.stream_id, size)
+            await self.conn._write_frame(b"".join((header, view[sent : sent + size])))
+            sent += size
+
+
+class LiveYamux(upstream.Yamux):  # type: ignore[misc]  # libp2p is untyped to us
+    """A connection that finishes its frames and notices when the peer is gone."""
+
+    liveness = Liveness()
+
+    async def _write_frame(self, data: bytes) -> None:
+        # Waiting for the turn may be cancelled; a frame half in the socket may not.
+        async with self._write_lock:
+            deadline = trio.current_time() + self.liveness.patience
+            with trio.CancelScope(deadline=deadline, shield=True) as begun:
+                await self.secured_conn.write(data)
+            if begun.cancelled_caught:
+                await self._abandon("it takes no more bytes")
+                raise MuxedStreamError("connection closed: the peer takes no more bytes")
+        await trio.lowlevel.checkpoint()
+
+    async def _measure_rtt_loop(self) -> None:
+        while not self.event_shutting_down.is_set():
+            with trio.move_on_after(self.liveness.ping_every):
+                await self.event_shutting_down.wait()
+            if self.event_shutting_down.is_set():
+                return
+            self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
+            answered = self._ping_event = trio.Event()
+            with trio.move_on_after(self.liveness.patience) as waiting:
+                self._ping_sent_time = trio.current_time()
+                try:
+                    await self._write_frame(HEADER.pack(0, _TYPE_PING, _FLAG_SYN, 0, self._ping_id))
+                except Exception:  # noqa: BLE001  # upstream's layers raise what they like; any of it ends us
+                    return
+                await answered.wait()
+            if waiting.cancelled_caught:
+                await self._abandon("it does not answer")
+
+    async def _abandon(self, why: str) -> None:
+        """Close the socket: closing in good order would wait for the peer that is gone.
+
+        Upstream's reader then sees the closed socket, ends every stream as reset and tells the swarm.
+        """
+        logger.info("closing the connection to %s: %s", self.peer_id, why)
+        with trio.CancelScope(shield=True):
+            await self.secured_conn.close()
+
+
+class LiveMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # libp2p is untyped to us
+    """Negotiates as upstream does, which names its own Yamux class, and answers with ours."""
+
+    def __init__(self, liveness: Liveness, muxers: Any, negotiate_timeout: int) -> None:
+        super().__init__(muxers, negotiate_timeout)
+        self._liveness = liveness
+
+    async def new_conn(self, conn: Any, peer_id: Any) -> Any:
+        """Negotiate Yamux on a secured connection."""
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        muxed = LiveYamux(conn, peer_id, is_initiator=conn.is_initiator)
+        muxed.liveness = self._liveness
+        return self._annotate_connection(muxed, conn, protocol)
+
+
+def install(upgrader: Any, liveness: Liveness) -> None:
+    """Make every connection of this host one of ours."""
+    old = upgrader.muxer_multistream
+    upgrader.muxer_multistream = LiveMuxer(liveness, old.transports, old.negotiate_timeout)
+    # Upstream's reader makes the streams by this name; ours behaves as its own in all but the above.
+    upstream.YamuxStream = LiveYamuxStream
