@@ -96,6 +96,7 @@ class LiveYamux(upstream.Yamux):  # type: ignore[misc]  # libp2p is untyped to u
     """A connection that finishes its frames and notices when the peer is gone."""
 
     liveness = Liveness()
+    _ping_id: int
 
     async def _write_frame(self, data: bytes) -> None:
         # Waiting for the turn may be cancelled; a frame half in the socket may not.
