@@ -1,1 +1,1 @@
-"""Moving verified blocks between peers: pure decisions, thin shells around them (spec/05-transfer)."""
+"""The transfer protocol: verified blocks from many peers at once (spec/05-transfer)."""

@@ -1,0 +1,134 @@
+"""The requester's half of one stream: numbers its asks and checks every answer against them.
+
+Pure: commands in, bytes out; bytes in, answers out. What to ask is `session`'s to decide; whether
+a payload matches its CID is checked by whoever takes the answer. Implements spec/05-transfer,
+section "A stream".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
+
+from omnistore.cid import CID
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.demand import Wanted
+from omnistore.transfer.messages import (
+    LIMITS,
+    SERVER,
+    Cancel,
+    Decoder,
+    Deliver,
+    Error,
+    Have,
+    Hello,
+    Holds,
+    Missing,
+    Want,
+    encode,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The answer to one ask: bytes of the right length, not verified."""
+
+    wanted: Wanted
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Asks answered by `missing`."""
+
+    cids: tuple[CID, ...]
+
+
+Answer: TypeAlias = Hello | Arrived | Refused | Holds | Error
+
+
+class Asks:
+    """What is asked and unanswered on one stream."""
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(SERVER, self._announced)
+        self._next = 0
+        self._wanted: dict[int, Wanted] = {}
+        self._numbers: dict[CID, int] = {}
+        self._parts: set[CID] = set()
+        self._greeted = False
+
+    @property
+    def lacking(self) -> int:
+        """Bytes until the item now being read is whole."""
+        return self._decoder.lacking
+
+    def want(self, blocks: Sequence[Wanted]) -> bytes:
+        """Ask for `blocks`, none of which is asked already."""
+        out = bytearray()
+        rest = iter(blocks)
+        while batch := list(islice(rest, LIMITS.links)):
+            out += encode(Want(self._next, tuple(block.cid for block in batch)))
+            for number, block in enumerate(batch, self._next):
+                if block.cid in self._numbers:
+                    raise LocalProtocolError(f"block {block.cid} is asked already")
+                self._wanted[number] = block
+                self._numbers[block.cid] = number
+            self._next += len(batch)
+        return bytes(out)
+
+    def cancel(self, cids: Sequence[CID]) -> bytes:
+        """Cancel the asks for `cids`; those answered meanwhile are passed over."""
+        numbers = iter([self._numbers[cid] for cid in cids if cid in self._numbers])
+        out = bytearray()
+        while batch := tuple(islice(numbers, LIMITS.links)):
+            out += encode(Cancel(batch))
+        return bytes(out)
+
+    def have(self, parts: Sequence[CID]) -> bytes:
+        """Ask what the peer holds of `parts`."""
+        self._parts.update(parts)
+        return encode(Have(tuple(parts)))
+
+    def receive_untrusted(self, data: bytes) -> list[Answer]:
+        """The answers that `data` completes. Raises `RemoteProtocolError`."""
+        return [self._answer(message) for message in self._decoder.feed_untrusted(data)]
+
+    def _answer(self, message: object) -> Answer:
+        if isinstance(message, Hello) == self._greeted and not isinstance(message, Error):
+            raise RemoteProtocolError("greeted twice" if self._greeted else "answered before its hello")
+        match message:
+            case Deliver(ask, data):
+                return Arrived(self._take(ask), data)
+            case Missing(asks):
+                return Refused(tuple(self._take(ask).cid for ask in asks))
+            case Holds(part, _):
+                if part not in self._parts:
+                    raise RemoteProtocolError(f"told what it holds of {part}, which it was not asked")
+                self._parts.remove(part)
+                return message
+            case Hello():
+                self._greeted = True
+                return message
+            case Error():
+                return message
+        raise LocalProtocolError(f"the decoder let a {message!r} through")
+
+    def _announced(self, ask: int, size: int) -> None:
+        """Check a `block` before a byte of its payload is taken in."""
+        if not self._greeted:
+            raise RemoteProtocolError("sent a block before its hello")
+        wanted = self._wanted.get(ask)
+        if wanted is None:
+            raise RemoteProtocolError(f"sent a block for ask {ask}, which is not open")
+        if wanted.exact and size != wanted.size:
+            raise RemoteProtocolError(f"sent {size} bytes for block {wanted.cid}, which has {wanted.size}")
+
+    def _take(self, ask: int) -> Wanted:
+        wanted = self._wanted.pop(ask, None)
+        if wanted is None:
+            raise RemoteProtocolError(f"answered ask {ask}, which is not open")
+        del self._numbers[wanted.cid]
+        return wanted

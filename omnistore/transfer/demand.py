@@ -1,0 +1,191 @@
+"""What a session still wants, and who says they hold it: groups of blocks as bit masks.
+
+A group is the blocks of one part, in the order of the part's links, so that a `holds` bitmap is a
+mask over it; or some nodes, of which nobody is asked beforehand. Masks are Python integers: "the
+first wanted block that this peer holds" is two operations whatever the size of the part. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from omnistore.cid import CID
+from omnistore.errors import LocalProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One block of a group."""
+
+    cid: CID
+    size: int
+    """Payload bytes; for a node, whose size nothing says beforehand, an estimate."""
+    exact: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The blocks of one part, or some nodes."""
+
+    part: CID | None
+    """The part's CID, under which peers are asked what they hold; None for nodes."""
+    blocks: tuple[Wanted, ...]
+    tie: float
+    """Breaks ties between equally rare groups, differently in every session of a swarm."""
+    pending: int = 0
+    """Blocks wanted and asked of nobody."""
+    unfinished: int = 0
+    """Blocks wanted and not yet verified."""
+    rarity: int = 0
+    """Copies known among the joined peers, in thousandths of the group."""
+
+    @property
+    def all(self) -> int:
+        """The mask of every block."""
+        return (1 << len(self.blocks)) - 1
+
+    def mask_untrusted(self, bitmap: bytes | None) -> int | None:
+        """A `holds` bitmap as a mask; None when its length or its last bits are wrong."""
+        if bitmap is None:
+            return 0
+        if len(bitmap) != -(-len(self.blocks) // 8):
+            return None
+        mask = int.from_bytes(bitmap, "little")
+        return mask if mask <= self.all else None
+
+
+Places = list[tuple[Group, int]]
+"""Where one CID lies: groups and the bit in each, as a mask of one bit."""
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What one peer says it holds."""
+
+    masks: dict[Group, int] = field(default_factory=dict)
+    denied: dict[Group, int] = field(default_factory=dict)
+    """Blocks it answered `missing` for: not believed again while it stays."""
+
+    def learn(self, group: Group, mask: int) -> None:
+        """Take over an answer for one group."""
+        self.masks[group] = mask & ~self.denied.get(group, 0)
+
+    def holds(self, places: Places) -> bool:
+        """Whether the block at `places` can be asked of this peer."""
+        return any(self.masks.get(group, 0) & bit for group, bit in places)
+
+    def deny(self, places: Places) -> None:
+        """The block at `places` is not to be asked of this peer, whatever it says later."""
+        for group, bit in places:
+            self.denied[group] = self.denied.get(group, 0) | bit
+            self.masks[group] = self.masks.get(group, 0) & ~bit
+
+    def allow(self, places: Places) -> None:
+        """Undo `deny`: the block may be asked of this peer again."""
+        for group, bit in places:
+            self.denied[group] = self.denied.get(group, 0) & ~bit
+            self.masks[group] = self.masks.get(group, 0) | bit
+
+
+class Demand:
+    """All groups of a session, rarest first."""
+
+    def __init__(self) -> None:
+        self._groups: list[Group] = []
+        self._by_part: dict[CID, Group] = {}
+        self._places: dict[CID, Places] = {}
+        self._wanted: dict[CID, Wanted] = {}
+        self._sorted = True
+
+    def add(self, part: CID | None, blocks: Sequence[Wanted], wanted: int, tie: float) -> Group | None:
+        """Want the blocks of `wanted` (a mask); the group, when it is a new one.
+
+        Blocks already wanted, under whatever group, are wanted once.
+        """
+        group = None if part is None else self._by_part.get(part)
+        new = group is None
+        if group is None:
+            group = Group(part, tuple(blocks), tie)
+            self._groups.append(group)
+            self._sorted = False
+            if part is not None:
+                self._by_part[part] = group
+        elif group.blocks != tuple(blocks):
+            raise LocalProtocolError(f"part {part} was given with other blocks before")
+        for index, block in enumerate(group.blocks):
+            bit = 1 << index
+            if not wanted & bit:
+                continue
+            first = block.cid not in self._wanted
+            self._wanted[block.cid] = block
+            places = self._places.setdefault(block.cid, [])
+            if not any(other is group and at == bit for other, at in places):
+                places.append((group, bit))
+                pending = first or any(g.pending & b for g, b in places)
+                group.unfinished |= bit
+                group.pending |= bit if pending else 0
+        return group if new else None
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Every group, in no particular order."""
+        return self._groups
+
+    @property
+    def pending(self) -> bool:
+        """Whether any block is asked of nobody."""
+        return any(group.pending for group in self._groups)
+
+    def group(self, part: CID) -> Group | None:
+        """The group of a part."""
+        return self._by_part.get(part)
+
+    def wanted(self, cid: CID) -> Wanted | None:
+        """What is known of a block that is, or was, wanted."""
+        return self._wanted.get(cid)
+
+    def places(self, cid: CID) -> Places:
+        """Where a wanted block lies."""
+        return self._places.get(cid, [])
+
+    def missing(self) -> list[CID]:
+        """Every block wanted and not finished."""
+        return [cid for cid, places in self._places.items() if any(g.unfinished & b for g, b in places)]
+
+    def take(self, cid: CID) -> None:
+        """The block was asked of somebody."""
+        for group, bit in self._places[cid]:
+            group.pending &= ~bit
+
+    def release(self, cid: CID) -> None:
+        """Nobody is being asked for the block any more."""
+        for group, bit in self._places[cid]:
+            group.pending |= bit
+
+    def finish(self, cid: CID) -> None:
+        """The block was verified."""
+        for group, bit in self._places.pop(cid):
+            group.pending &= ~bit
+            group.unfinished &= ~bit
+            if group.part is None and not group.unfinished:
+                self._groups.remove(group)
+        del self._wanted[cid]
+
+    def weigh(self, everyone: Iterable[Holdings]) -> None:
+        """Count copies among the joined peers: call when somebody joined, left or learned."""
+        peers = list(everyone)
+        for group in self._groups:
+            if group.unfinished:
+                copies = sum(peer.masks.get(group, 0).bit_count() for peer in peers)
+                group.rarity = copies * 1000 // len(group.blocks)
+        self._sorted = False
+
+    def choose(self, peer: Holdings) -> Iterator[Wanted]:
+        """Blocks to ask of `peer`, rarest group first; the caller takes each before asking for the next."""
+        if not self._sorted:
+            self._groups.sort(key=lambda group: (group.rarity, group.tie))
+            self._sorted = True
+        for group in list(self._groups):
+            while mask := group.pending & peer.masks.get(group, 0):
+                yield group.blocks[(mask & -mask).bit_length() - 1]

@@ -1,0 +1,341 @@
+"""The messages of `/omni/transfer/1.0.0` and their bytes (spec/05-transfer, section "Messages").
+
+A message is a big-endian 32-bit length, then that many bytes of deterministic dag-cbor: a map whose
+one key names the message. A `block` message is followed by its payload as raw bytes. Pure: bytes
+in, messages out. Which message may come when is `asks` and `serve`'s to say; nothing here knows of
+streams, stores or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from omnistore import dagcbor
+from omnistore.block import MAX_BLOCK_SIZE
+from omnistore.cid import CID
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+
+PROTOCOL: Final = "/omni/transfer/1.0.0"
+LENGTH_SIZE: Final = 4
+"""Bytes of the length before every message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one side may ask of the other. Both sides of version 1.0.0 know these numbers."""
+
+    message: int = 64 << 10
+    """Bytes of one message without length and payload: a full `want` takes 43 KiB."""
+    payload: int = MAX_BLOCK_SIZE
+    """Bytes behind a `block` message: the largest block that anybody accepts."""
+    links: int = 1024
+    """CIDs in one `want`: at 1 MiB each, sixteen times the largest window."""
+    asks: int = 4096
+    """Most asks unanswered on one stream that a server may offer: 64 MiB of 16 KiB norm tensors."""
+    queries: int = 256
+    """Parts asked about and unanswered on one stream: a 405B model has 130."""
+    bitmap: int = 8 << 10
+    """Bytes of a `holds` bitmap: a 2 MiB part node can hold some 51,000 links."""
+    text: int = 256
+    """Characters of an error's text: one line for a log."""
+    number: int = 1 << 53
+    """Ask numbers stay below: every language's integers reach it."""
+
+
+LIMITS: Final = Limits()
+
+ERROR_CODES: Final = frozenset({"busy", "over-asked", "malformed", "idle", "closing"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Server: first message of a stream, what it will take from this requester."""
+
+    asks: int
+    """Most asks unanswered on this stream."""
+    queries: int
+    """Most parts queried and unanswered on this stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Requester: send me these, as asks `first`, `first` + 1, …; the count never restarts on a stream."""
+
+    first: int
+    links: tuple[CID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Requester: these asks are no longer needed. Each is still answered, by `block` or `missing`."""
+
+    asks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Requester: which blocks of these parts do you hold?"""
+
+    parts: tuple[CID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Server: answers one ask (`block` on the wire); the payload is unverified."""
+
+    ask: int
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Server: answers asks whose block is not held, or that were cancelled in time."""
+
+    asks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Server: answers one part of a `have`."""
+
+    part: CID
+    blocks: bytes | None
+    """Bit i (byte i // 8, least significant bit first) is the part's i-th link; None: nothing known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Server: the stream ends here, and why."""
+
+    code: str
+    text: str
+
+
+FromRequester: TypeAlias = Want | Cancel | Have
+FromServer: TypeAlias = Hello | Deliver | Missing | Holds | Error
+Message: TypeAlias = FromRequester | FromServer
+
+REQUESTER: Final = frozenset({"want", "cancel", "have"})
+"""Names of what a requester sends."""
+SERVER: Final = frozenset({"hello", "block", "missing", "holds", "error"})
+"""Names of what a server sends."""
+
+
+# --- encoding -------------------------------------------------------------------------------
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message; for a `Deliver`, everything before its payload."""
+    name, body = _body(message)
+    data = dagcbor.encode({name: body})
+    if len(data) > LIMITS.message:
+        raise LocalProtocolError(
+            f"a {name!r} message of {len(data)} bytes; at most {LIMITS.message} are allowed"
+        )
+    return len(data).to_bytes(LENGTH_SIZE, "big") + data
+
+
+def _body(message: Message) -> tuple[str, dict[str, dagcbor.Value]]:
+    match message:
+        case Want(first, links):
+            return "want", {"first": first, "links": list(links)}
+        case Deliver(ask, data):
+            return "block", {"ask": ask, "size": len(data)}
+        case Missing(asks):
+            return "missing", {"asks": list(asks)}
+        case Cancel(asks):
+            return "cancel", {"asks": list(asks)}
+        case Have(parts):
+            return "have", {"parts": list(parts)}
+        case Holds(part, blocks):
+            return "holds", {"part": part, "blocks": blocks}
+        case Hello(asks, queries):
+            return "hello", {"asks": asks, "queries": queries}
+        case Error(code, text):
+            return "error", {"code": code, "text": text}
+
+
+# --- decoding -------------------------------------------------------------------------------
+
+Announced: TypeAlias = Callable[[int, int], None]
+"""Called with (ask, size) of a `block` before its payload is taken in; may raise `RemoteProtocolError`."""
+
+
+class Decoder:
+    """Turns what arrives on one stream into messages, however the bytes are split."""
+
+    def __init__(self, accepts: frozenset[str], announced: Announced | None = None) -> None:
+        """`accepts`: `SERVER` on a requester's side, `REQUESTER` on a server's."""
+        self._accepts = accepts
+        self._announced = announced
+        self._head = bytearray()
+        self._ask: int | None = None
+        self._pieces: list[memoryview] = []
+        self._lacking = LENGTH_SIZE
+        self._dead = False
+
+    @property
+    def lacking(self) -> int:
+        """Bytes until the item now being read is whole: a hint for how much to read."""
+        return self._lacking
+
+    @property
+    def between_messages(self) -> bool:
+        """Whether a stream may end cleanly here."""
+        return self._ask is None and not self._head
+
+    def feed_untrusted(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless.
+
+        `data` must not change afterwards: payloads may refer to it.
+        """
+        if self._dead:
+            raise LocalProtocolError("fed after the stream was found broken")
+        found: list[Message] = []
+        view = memoryview(data)
+        try:
+            while view:
+                taken = min(self._lacking, len(view))
+                message = self._take(view[:taken])
+                if message is not None:
+                    found.append(message)
+                view = view[taken:]
+        except RemoteProtocolError:
+            self._dead = True
+            raise
+        return found
+
+    def _take(self, piece: memoryview) -> Message | None:
+        """Take in at most what is lacking; the message it completes."""
+        self._lacking -= len(piece)
+        if self._ask is not None:
+            self._pieces.append(piece)
+            return None if self._lacking else self._delivered(self._ask)
+        self._head += piece
+        if self._lacking:
+            return None
+        if len(self._head) == LENGTH_SIZE:
+            self._lacking = int.from_bytes(self._head, "big")
+            if not 0 < self._lacking <= LIMITS.message:
+                raise RemoteProtocolError(
+                    f"a message of {self._lacking} bytes; 1 to {LIMITS.message} are allowed"
+                )
+            return None
+        body = bytes(self._head[LENGTH_SIZE:])
+        self._head.clear()
+        self._lacking = LENGTH_SIZE
+        return self._decoded(body)
+
+    def _decoded(self, body: bytes) -> Message | None:
+        name, fields = _named(body, self._accepts)
+        if name != "block":
+            return _PARSERS[name](fields)
+        self._ask = _number(fields["ask"], "an ask")
+        self._lacking = _integer(fields["size"], "a block's size", 1, LIMITS.payload)
+        if self._announced is not None:
+            self._announced(self._ask, self._lacking)
+        return None
+
+    def _delivered(self, ask: int) -> Deliver:
+        pieces, self._pieces = self._pieces, []
+        self._ask, self._lacking = None, LENGTH_SIZE
+        return Deliver(ask, pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+
+_FIELDS: Final[Mapping[str, frozenset[str]]] = {
+    "hello": frozenset({"asks", "queries"}),
+    "want": frozenset({"first", "links"}),
+    "cancel": frozenset({"asks"}),
+    "have": frozenset({"parts"}),
+    "block": frozenset({"ask", "size"}),
+    "missing": frozenset({"asks"}),
+    "holds": frozenset({"part", "blocks"}),
+    "error": frozenset({"code", "text"}),
+}
+
+
+def _named(body: bytes, accepts: frozenset[str]) -> tuple[str, Mapping[str, Any]]:
+    value = dagcbor.decode_untrusted(body, limit=LIMITS.message)
+    if not isinstance(value, dict) or len(value) != 1:
+        raise RemoteProtocolError("a message that is not a map of one key")
+    name, fields = next(iter(value.items()))
+    if name not in accepts:
+        raise RemoteProtocolError(f"a message {name[:32]!r}, which this side does not take")
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS[name]:
+        raise RemoteProtocolError(f"a {name!r} message with other fields than its own")
+    return name, fields
+
+
+def _hello(fields: Mapping[str, Any]) -> Hello:
+    return Hello(
+        asks=_integer(fields["asks"], "the asks of a 'hello'", 1, LIMITS.asks),
+        queries=_integer(fields["queries"], "the queries of a 'hello'", 1, LIMITS.queries),
+    )
+
+
+def _want(fields: Mapping[str, Any]) -> Want:
+    links = _links(fields["links"], "a 'want'", LIMITS.links)
+    first = _number(fields["first"], "the first ask of a 'want'")
+    _number(first + len(links), "an ask")
+    return Want(first, links)
+
+
+def _holds(fields: Mapping[str, Any]) -> Holds:
+    part, blocks = fields["part"], fields["blocks"]
+    if not isinstance(part, CID):
+        raise RemoteProtocolError("a 'holds' without a link")
+    if blocks is not None and not (isinstance(blocks, bytes) and 0 < len(blocks) <= LIMITS.bitmap):
+        raise RemoteProtocolError(f"a 'holds' whose bitmap is not 1 to {LIMITS.bitmap} bytes")
+    return Holds(part, blocks)
+
+
+def _error(fields: Mapping[str, Any]) -> Error:
+    code, text = fields["code"], fields["text"]
+    if code not in ERROR_CODES or not isinstance(text, str) or len(text) > LIMITS.text:
+        raise RemoteProtocolError("an 'error' of unknown code or without a short text")
+    return Error(code, text)
+
+
+_PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Message]]] = {
+    "hello": _hello,
+    "want": _want,
+    "cancel": lambda fields: Cancel(_asks(fields["asks"], "a 'cancel'")),
+    "have": lambda fields: Have(_links(fields["parts"], "a 'have'", LIMITS.queries)),
+    "missing": lambda fields: Missing(_asks(fields["asks"], "a 'missing'")),
+    "holds": _holds,
+    "error": _error,
+}
+
+
+def _items(value: Any, what: str, most: int) -> Sequence[Any]:
+    if not isinstance(value, list) or not 0 < len(value) <= most:
+        raise RemoteProtocolError(f"{what} without a list of 1 to {most} items")
+    return value
+
+
+def _links(value: Any, what: str, most: int) -> tuple[CID, ...]:
+    links = tuple(_items(value, what, most))
+    if not all(isinstance(link, CID) for link in links):
+        raise RemoteProtocolError(f"{what} with something that is no link")
+    if len(set(links)) != len(links):
+        raise RemoteProtocolError(f"{what} with one link twice")
+    return links
+
+
+def _asks(value: Any, what: str) -> tuple[int, ...]:
+    asks = tuple(_number(item, what) for item in _items(value, what, LIMITS.links))
+    if len(set(asks)) != len(asks):
+        raise RemoteProtocolError(f"{what} with one ask twice")
+    return asks
+
+
+def _number(value: Any, what: str) -> int:
+    return _integer(value, what, 0, LIMITS.number)
+
+
+def _integer(value: Any, what: str, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise RemoteProtocolError(f"{what} is not an integer from {least} to {most}")
+    return value

@@ -1,0 +1,212 @@
+"""The server's decisions: what each stream may ask, and whose blocks are read next.
+
+Pure: no stream, store or clock. The shell (`server`) tells it what arrived and what was sent, and
+takes jobs from it. Streams take turns, one job at a time, so a requester with a thousand asks
+waits as long as one with two. What is in memory is bounded per stream and in all: a requester that
+asks and does not read stops getting turns. Implements spec/05-transfer, section "The server".
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+from omnistore.block import MAX_BLOCK_SIZE
+from omnistore.cid import CID
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.messages import Cancel, FromRequester, Have, Hello, Missing, Want
+
+
+@dataclass(frozen=True, slots=True)
+class ServeLimits:
+    """What a server gives to strangers."""
+
+    streams: int = 256
+    """Streams served at once: 256 requesters at 64 KiB of buffers are 16 MiB."""
+    streams_per_peer: int = 4
+    """One for each of a few fetches; more is one peer taking several turns."""
+    asks: int = 1024
+    """Asks unanswered per stream: a window of 64 MiB in blocks of 64 KiB."""
+    queries: int = 256
+    """Parts asked about and unanswered per stream."""
+    ahead: int = 8 << 20
+    """Bytes read and not yet sent per stream: keeps a gigabit link busy for 60 ms."""
+    memory: int = 64 << 20
+    """Bytes read and not yet sent over all streams."""
+    batch: int = 4
+    """Blocks read in one turn: one hop to a thread for four."""
+
+
+LIMITS: Final = ServeLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """Read these blocks for a stream; each is then reported by `was_read`."""
+
+    stream: int
+    asks: tuple[tuple[int, CID], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FindHeld:
+    """Find out which blocks of a part are held; reported by `was_found`."""
+
+    stream: int
+    part: CID
+
+
+Job: TypeAlias = ReadBlocks | FindHeld
+
+
+@dataclass(slots=True)
+class _Line:
+    """One stream's place in the queue."""
+
+    peer: str
+    next_ask: int = 0
+    cancels: int = 0
+    asks: OrderedDict[int, CID] = field(default_factory=OrderedDict)
+    """Asked, not yet read."""
+    unanswered: int = 0
+    """Asked, not yet handed to the stream: those being read included."""
+    queries: deque[CID] = field(default_factory=deque)
+    open_queries: int = 0
+    held: int = 0
+    """Bytes of memory it takes up."""
+
+    @property
+    def idle(self) -> bool:
+        return not self.asks and not self.queries
+
+
+class Serving:
+    """The queue of one server."""
+
+    def __init__(self, limits: ServeLimits = LIMITS) -> None:
+        self.limits = limits
+        self.held = 0
+        """Bytes read, or being read, and not yet sent."""
+        self._lines: dict[int, _Line] = {}
+        self._turns: deque[int] = deque()
+        """Streams that have something to do, whose turn it is first."""
+        self._count = 0
+
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return len(self._lines)
+
+    def owes(self, stream: int) -> bool:
+        """Whether the stream has asked for something that it was not given yet."""
+        line = self._lines.get(stream)
+        return line is not None and bool(line.unanswered or line.open_queries or line.held)
+
+    def open(self, peer: str) -> tuple[int, Hello] | None:
+        """Take in a stream from `peer`: its number and our hello; None when there is no room."""
+        mine = sum(line.peer == peer for line in self._lines.values())
+        if len(self._lines) >= self.limits.streams or mine >= self.limits.streams_per_peer:
+            return None
+        self._count += 1
+        self._lines[self._count] = _Line(peer)
+        return self._count, Hello(self.limits.asks, self.limits.queries)
+
+    def close(self, stream: int) -> None:
+        """The stream is gone; what it held in memory is freed, what is being read for it is ignored."""
+        line = self._lines.pop(stream, None)
+        if line is not None:
+            self.held -= line.held
+
+    def receive_untrusted(self, stream: int, message: FromRequester) -> Missing | None:
+        """Take in a message; what to answer at once. Raises `RemoteProtocolError`: end the stream."""
+        line = self._line(stream)
+        was_idle = line.idle
+        reply = None
+        match message:
+            case Want(first, links):
+                self._want(line, first, links)
+            case Cancel(asks):
+                reply = self._cancel(line, asks)
+            case Have(parts):
+                if line.open_queries + len(parts) > self.limits.queries:
+                    raise RemoteProtocolError(f"over {self.limits.queries} parts asked about at once")
+                line.queries.extend(parts)
+                line.open_queries += len(parts)
+        if was_idle and not line.idle and stream not in self._turns:
+            self._turns.append(stream)
+        return reply
+
+    def next(self) -> Job | None:
+        """The next thing to do, in fair turns; None while there is none or memory is full."""
+        for _ in range(len(self._turns)):
+            stream = self._turns.popleft()
+            line = self._lines.get(stream)
+            if line is None or line.idle:
+                continue
+            job = self._job(stream, line)
+            if not line.idle:
+                self._turns.append(stream)
+            if job is not None:
+                return job
+        return None
+
+    def was_read(self, stream: int, size: int | None) -> None:
+        """A block of a job is in memory (`size` bytes) or is not to be had (None)."""
+        line = self._lines.get(stream)
+        if line is not None:
+            self._hold(line, (size or 0) - MAX_BLOCK_SIZE)
+            if size is None:
+                line.unanswered -= 1
+
+    def was_sent(self, stream: int, size: int) -> None:
+        """A block of `size` bytes was handed to the network."""
+        line = self._lines.get(stream)
+        if line is not None:
+            self._hold(line, -size)
+            line.unanswered -= 1
+
+    def was_found(self, stream: int) -> None:
+        """One query was answered."""
+        line = self._lines.get(stream)
+        if line is not None:
+            line.open_queries -= 1
+
+    def _job(self, stream: int, line: _Line) -> Job | None:
+        if line.queries:
+            return FindHeld(stream, line.queries.popleft())
+        free = min(self.limits.ahead - line.held, self.limits.memory - self.held)
+        count = min(self.limits.batch, free // MAX_BLOCK_SIZE, len(line.asks))
+        if count <= 0:
+            return None
+        asks = tuple(line.asks.popitem(last=False) for _ in range(count))
+        self._hold(line, count * MAX_BLOCK_SIZE)
+        return ReadBlocks(stream, asks)
+
+    def _want(self, line: _Line, first: int, links: Sequence[CID]) -> None:
+        if first != line.next_ask:
+            raise RemoteProtocolError(f"asks numbered from {first}; the next is {line.next_ask}")
+        if line.unanswered + len(links) > self.limits.asks:
+            raise RemoteProtocolError(f"over {self.limits.asks} asks at once")
+        line.asks.update(enumerate(links, first))
+        line.next_ask += len(links)
+        line.unanswered += len(links)
+
+    def _cancel(self, line: _Line, asks: Sequence[int]) -> Missing | None:
+        line.cancels += len(asks)
+        if max(asks) >= line.next_ask or line.cancels > line.next_ask:
+            raise RemoteProtocolError("cancels what was never asked, or twice")
+        known = tuple(ask for ask in asks if line.asks.pop(ask, None) is not None)
+        line.unanswered -= len(known)
+        return Missing(known) if known else None
+
+    def _hold(self, line: _Line, size: int) -> None:
+        line.held += size
+        self.held += size
+
+    def _line(self, stream: int) -> _Line:
+        line = self._lines.get(stream)
+        if line is None:
+            raise LocalProtocolError(f"stream {stream} is not open")
+        return line

@@ -1,0 +1,480 @@
+"""The requester's decisions: which block is asked of whom, and when a peer is given up.
+
+`Session.step(event, now)` returns commands; it does no I/O and reads no clock. A wanted block goes
+through the states of `life.TRANSITIONS`:
+
+    WANTED ──asked──▶ ASKED ──arrived──▶ VERIFYING ──verified──▶ DONE
+       ▲ ◀──released──┘  (its last asker left, said `missing`, was dropped)
+       └───────────────────refused──────────┘  (wrong bytes: their sender is banned)
+    WANTED ──arrived──▶ VERIFYING  (an ask that had been given up was answered after all)
+
+A block arriving in VERIFYING or later is a duplicate and is thrown away. What is kept true:
+- at most `limits.flow.ceiling` bytes are asked and unanswered over all peers, at most a peer's own
+  window of one peer; a cancelled ask counts until it is answered or its stream is gone;
+- every block is verified once per arrival that could become it, duplicates are never verified;
+- bytes of duplicates stay within `duplicates_allowed`, by charging every second ask in advance;
+- a peer is never asked for a block it is not known to hold.
+
+Rarest groups go first. When a peer with room finds nothing left to ask, it takes over asks of
+those that would need longer (end-game). Verification, dialling, retries and back-off are the
+shell's (`client`). Implements spec/05-transfer, section "The requester".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from omnistore.cid import CID
+from omnistore.errors import LocalProtocolError
+from omnistore.transfer import events as e
+from omnistore.transfer.demand import Demand, Group
+from omnistore.transfer.life import TRANSITIONS, BlockState
+from omnistore.transfer.source import Ask, Source
+from omnistore.transfer.window import FLOW, FlowLimits, PeerFlow
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """The session's patience and generosity."""
+
+    flow: FlowLimits = FLOW
+    patience: float = 60.0
+    """Seconds without one verified block after which a session with peers gives up."""
+    lonely: float = 30.0
+    """Seconds without a peer that holds anything missing after which it gives up."""
+    refresh: float = 5.0
+    """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too."""
+    duplicate_share: int = 50
+    """One in so many wanted bytes may arrive twice: 2 %."""
+    duplicate_least: int = 4 << 20
+    """Bytes that may arrive twice in any case, or a small model would have no end-game."""
+    batch_share: int = 8
+    """A peer is asked again when one in so many bytes of its window is free: fewer, larger messages."""
+
+
+LIMITS: Final = SessionLimits()
+
+
+class Session:
+    """One model being fetched."""
+
+    def __init__(self, rng: Callable[[], float], limits: SessionLimits = LIMITS) -> None:
+        """`rng` gives floats in [0, 1): breaks ties between equally rare parts."""
+        self.limits = limits
+        self.banned: dict[str, str] = {}
+        """Peers never to be dealt with again, and why."""
+        self.outstanding = 0
+        """Bytes asked and unanswered over all peers."""
+        self.duplicate_bytes = 0
+        self.wanted_bytes = 0
+        self._rng = rng
+        self._demand = Demand()
+        self._states: dict[CID, BlockState] = {}
+        self._askers: dict[CID, list[Source]] = {}
+        """Who owes an answer for a block, given up or not."""
+        self._charged: dict[CID, int] = {}
+        self._sources: dict[str, Source] = {}
+        self._out: list[e.Command] = []
+        self._useful_at: float | None = None
+        self._lonely_since: float | None = None
+        self._busy = False
+        self._over = False
+        self._exhausted = False
+        self._verifying = 0
+
+    # --- what can be asked of it ------------------------------------------------------------
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Who is joined."""
+        return tuple(self._sources)
+
+    @property
+    def duplicates_allowed(self) -> int:
+        """Bytes that may arrive twice."""
+        return max(self.limits.duplicate_least, self.wanted_bytes // self.limits.duplicate_share)
+
+    def missing(self) -> list[CID]:
+        """Everything wanted and not verified."""
+        return self._demand.missing()
+
+    def unheld(self) -> list[CID]:
+        """Parts of which somebody is needed: something is wanted of them that no joined peer holds."""
+        found = []
+        for group in self._demand.groups:
+            if group.part is not None and group.unfinished:
+                known = 0
+                for source in self._sources.values():
+                    known |= source.holdings.masks.get(group, 0)
+                if group.unfinished & ~known:
+                    found.append(group.part)
+        return found
+
+    def rate_of(self, peer: str) -> float | None:
+        """Measured bytes per second of a joined peer."""
+        source = self._sources.get(peer)
+        return source.flow.rate if source else None
+
+    # --- the machine ------------------------------------------------------------------------
+
+    def step(self, event: e.Event, now: float) -> list[e.Command]:
+        """Take in one event; what is to be done about it, in this order."""
+        if self._over:
+            return []
+        _STEPS[type(event)](self, event, now)
+        if not self._over:
+            self._fill(now)
+            if self._busy and not self._states:
+                self._busy = False
+                self._out.append(e.Done())
+        out, self._out = self._out, []
+        return out
+
+    def _on_wants(self, event: e.WantsAdded, now: float) -> None:
+        group = self._demand.add(event.part, event.blocks, event.wanted, self._rng())
+        for index, block in enumerate(event.blocks):
+            if event.wanted >> index & 1 and block.cid not in self._states:
+                self._states[block.cid] = BlockState.WANTED
+                self.wanted_bytes += block.size
+        if not self._busy:
+            self._useful_at, self._lonely_since = now, None
+        self._busy = bool(self._states)
+        if group is not None:
+            for source in self._sources.values():
+                self._introduce(source, group, now)
+        self._weigh()
+
+    def _on_joined(self, event: e.PeerJoined, now: float) -> None:
+        if event.peer in self.banned:
+            self._out.append(e.DropPeer(event.peer, self.banned[event.peer], True))
+            return
+        if event.peer in self._sources:
+            raise LocalProtocolError(f"peer {event.peer} joined twice")
+        source = Source(event.peer, event.asks, event.queries, PeerFlow(now, self.limits.flow))
+        self._sources[event.peer] = source
+        for group in self._demand.groups:
+            self._introduce(source, group, now)
+        self._weigh()
+
+    def _on_left(self, event: e.PeerLeft, now: float) -> None:
+        source = self._sources.get(event.peer)
+        if source is not None:
+            self._forget(source)
+
+    def _on_broke(self, event: e.PeerBroke, now: float) -> None:
+        self._drop(event.peer, event.reason, banned=True)
+
+    def _on_holds(self, event: e.HoldsReceived, now: float) -> None:
+        source, group = self._sources.get(event.peer), self._demand.group(event.part)
+        if source is None or group is None:
+            return
+        mask = group.mask_untrusted(event.blocks)
+        if mask is None:
+            self._drop(event.peer, f"sent a bitmap that does not fit part {event.part}", banned=True)
+            return
+        source.queries.discard(event.part)
+        source.flow.progressed(now)
+        if source.holdings.masks.get(group, 0) != mask:
+            source.holdings.learn(group, mask)
+            self._weigh()
+        self._query(source, now)
+
+    def _on_bytes(self, event: e.BytesReceived, now: float) -> None:
+        source = self._sources.get(event.peer)
+        if source is not None:
+            source.flow.progressed(now)
+
+    def _on_block(self, event: e.BlockReceived, now: float) -> None:
+        source = self._sources.get(event.peer)
+        if source is None:
+            return
+        ask = source.asks.get(event.cid)
+        if ask is None:
+            raise LocalProtocolError(f"{event.peer} answered for {event.cid}, which it was not asked for")
+        source.flow.answered(event.size, ask.at, now)
+        source.answered_at = now
+        self._answered(source, event.cid)
+        if self._states.get(event.cid) not in (BlockState.WANTED, BlockState.ASKED):
+            self.duplicate_bytes += event.size
+            self._settle(event.cid)
+            return
+        self._demand.take(event.cid)
+        self._move(event.cid, "arrived")
+        self._out.append(e.Verify(event.peer, event.cid))
+        for other in self._askers.get(event.cid, ()):
+            if not other.asks[event.cid].given_up:
+                self._give_up(other, event.cid)
+
+    def _on_missing(self, event: e.MissingReceived, now: float) -> None:
+        source = self._sources.get(event.peer)
+        if source is None:
+            return
+        source.flow.progressed(now)
+        source.answered_at = now
+        for cid in event.cids:
+            ask = source.asks.get(cid)
+            if ask is None:
+                raise LocalProtocolError(f"{event.peer} answered for {cid}, which it was not asked for")
+            self._answered(source, cid)
+            if ask.given_up:
+                source.holdings.allow(self._demand.places(cid))
+            else:
+                source.holdings.deny(self._demand.places(cid))
+                self._release(cid)
+            self._settle(cid)
+        self._weigh()
+
+    def _on_verified(self, event: e.BlockVerified, now: float) -> None:
+        self._move(event.cid, "verified")
+        del self._states[event.cid]
+        self._demand.finish(event.cid)
+        self._useful_at = now
+
+    def _on_refused(self, event: e.BlockRefused, now: float) -> None:
+        self._move(event.cid, "refused")
+        self._demand.release(event.cid)
+        self._drop(event.peer, f"sent bytes that do not match block {event.cid}", banned=True)
+
+    def _on_exhausted(self, event: e.SourcesExhausted, now: float) -> None:
+        self._exhausted = True
+        self._check_hope(now)
+
+    def _on_tick(self, event: e.Tick, now: float) -> None:
+        for source in list(self._sources.values()):
+            self._check_source(source, now)
+        for source in self._sources.values():
+            self._refresh(source, now)
+        self._fill(now)
+        for source in sorted(self._sources.values(), key=lambda s: -(s.flow.rate or 0.0)):
+            self._relieve(source, now)
+        self._check_hope(now)
+
+    # --- asking -----------------------------------------------------------------------------
+
+    def _fill(self, now: float) -> None:
+        """Ask everybody with room, the least loaded first."""
+        if not self._demand.pending:
+            return
+        room = [s for s in self._sources.values() if self._room(s) > 0]
+        for source in sorted(room, key=lambda s: s.seconds_for(s.outstanding, now)):
+            cids = []
+            for block in self._demand.choose(source.holdings):
+                if not self._fits(source, block.size):
+                    break
+                self._ask(source, block.cid, block.size, now)
+                cids.append(block.cid)
+            if cids:
+                self._out.append(e.SendWant(source.id, tuple(cids)))
+
+    def _room(self, source: Source) -> int:
+        """Bytes the peer may be asked for now; 0 until enough is free to make it worth a message."""
+        window = source.flow.window
+        free = min(window - source.outstanding, self.limits.flow.ceiling - self.outstanding)
+        enough = free * self.limits.batch_share >= window or not source.asks
+        return free if enough and len(source.asks) < source.max_asks else 0
+
+    def _fits(self, source: Source, size: int) -> bool:
+        if self.outstanding + size > self.limits.flow.ceiling or len(source.asks) >= source.max_asks:
+            return False
+        return source.outstanding + size <= source.flow.window
+
+    def _ask(self, source: Source, cid: CID, size: int, now: float) -> None:
+        idle = not source.asks
+        source.flow.asked(now, idle=idle)
+        if idle:
+            source.answered_at = now
+        source.asks[cid] = Ask(size, now)
+        source.outstanding += size
+        self.outstanding += size
+        self._askers.setdefault(cid, []).append(source)
+        self._demand.take(cid)
+        self._move(cid, "asked")
+
+    def _answered(self, source: Source, cid: CID) -> None:
+        """The peer no longer owes an answer for the block."""
+        ask = source.asks.pop(cid)
+        source.outstanding -= ask.size
+        self.outstanding -= ask.size
+        askers = self._askers[cid]
+        askers.remove(source)
+        if not askers:
+            del self._askers[cid]
+
+    def _release(self, cid: CID) -> None:
+        """Want the block from anybody again, unless somebody is still asked for it."""
+        live = any(not source.asks[cid].given_up for source in self._askers.get(cid, ()))
+        if not live and self._states.get(cid) is BlockState.ASKED:
+            self._move(cid, "released")
+            self._demand.release(cid)
+
+    def _give_up(self, source: Source, cid: CID) -> None:
+        """Cancel an ask. It counts until it is answered; the block is not asked of this peer till then."""
+        source.asks[cid].given_up = True
+        source.holdings.deny(self._demand.places(cid))
+        self._out.append(e.SendCancel(source.id, (cid,)))
+
+    def _relieve(self, source: Source, now: float) -> None:
+        """End-game: let a peer with nothing to do take over asks that others would need longer for."""
+        if source.outstanding * 2 > source.flow.window or self._room(source) <= 0:
+            return
+        taken = []
+        for cid, size, other in self._late(source, now):
+            charge = self.duplicate_bytes + sum(self._charged.values()) + size
+            if charge > self.duplicates_allowed or not self._fits(source, size):
+                break
+            self._charged[cid] = size
+            self._give_up(other, cid)
+            self._ask(source, cid, size, now)
+            taken.append(cid)
+        if taken:
+            self._out.append(e.SendWant(source.id, tuple(taken)))
+
+    def _late(self, source: Source, now: float) -> list[tuple[CID, int, Source]]:
+        """Asks of others that `source` could answer in half the time, the latest first."""
+        mine = source.outstanding
+        found: list[tuple[float, CID, int, Source]] = []
+        for other in self._sources.values():
+            ahead = 0
+            for cid, ask in other.asks.items() if other is not source else ():
+                ahead += ask.size
+                if len(self._askers[cid]) > 1 or ask.given_up:
+                    continue
+                theirs = other.seconds_for(ahead, now)
+                ours = source.seconds_for(mine + ask.size, now) + (source.flow.delay or 0.05)
+                if theirs > 2 * ours and source.holdings.holds(self._demand.places(cid)):
+                    found.append((theirs, cid, ask.size, other))
+        found.sort(key=lambda item: -item[0])
+        return [(cid, size, other) for _, cid, size, other in found]
+
+    # --- knowing who holds what -------------------------------------------------------------
+
+    def _introduce(self, source: Source, group: Group, now: float) -> None:
+        if group.part is None:
+            source.holdings.learn(group, group.all)
+        else:
+            self._query(source, now)
+
+    def _query(self, source: Source, now: float) -> None:
+        """Ask about parts not asked about yet, as far as the peer takes queries."""
+        parts = []
+        for group in self._demand.groups:
+            if len(source.queries) >= source.max_queries:
+                break
+            if group.part is not None and group.part not in source.queried_at:
+                source.queried_at[group.part] = now
+                source.queries.add(group.part)
+                parts.append(group.part)
+        if parts:
+            self._out.append(e.AskHave(source.id, tuple(parts)))
+
+    def _refresh(self, source: Source, now: float) -> None:
+        """Forget, after a while, that a peer lacked what is still wanted: it may be fetching too."""
+        for group in self._demand.groups:
+            lacking = group.pending & ~source.holdings.masks.get(group, 0)
+            if group.part is None or not lacking or group.part in source.queries:
+                continue
+            if now - source.queried_at.get(group.part, now) >= self.limits.refresh:
+                del source.queried_at[group.part]
+        self._query(source, now)
+
+    def _weigh(self) -> None:
+        self._demand.weigh(source.holdings for source in self._sources.values())
+
+    # --- giving up --------------------------------------------------------------------------
+
+    def _check_source(self, source: Source, now: float) -> None:
+        """Drop a peer that owes something and has been silent, or has trickled, for too long."""
+        flow = source.flow
+        if source.asks:
+            silence = now - flow.alive_at
+            if silence > flow.silence_allowed:
+                self._drop(source.id, f"stalled: no byte for {silence:.1f} s", banned=False)
+            elif now - source.answered_at > self.limits.flow.answer_most and self._replaceable(source):
+                self._drop(
+                    source.id, f"too slow: one block took over {now - source.answered_at:.0f} s", banned=False
+                )
+        elif source.queries:
+            oldest = min(source.queried_at[part] for part in source.queries)
+            if now - max(oldest, flow.alive_at) > self.limits.flow.silence_most:
+                self._drop(source.id, "stalled: does not say what it holds", banned=False)
+
+    def _replaceable(self, source: Source) -> bool:
+        """Whether somebody else holds everything asked of this peer."""
+        others = [other for other in self._sources.values() if other is not source]
+        return all(
+            any(other.holdings.holds(self._demand.places(cid)) for other in others)
+            for cid, ask in source.asks.items()
+            if not ask.given_up
+        )
+
+    def _drop(self, peer: str, reason: str, *, banned: bool) -> None:
+        if banned:
+            self.banned.setdefault(peer, reason)
+        source = self._sources.get(peer)
+        if source is not None:
+            self._forget(source)
+            self._out.append(e.DropPeer(peer, reason, banned))
+
+    def _forget(self, source: Source) -> None:
+        del self._sources[source.id]
+        for cid in list(source.asks):
+            self._answered(source, cid)
+            self._release(cid)
+            self._settle(cid)
+        self._weigh()
+
+    def _check_hope(self, now: float) -> None:
+        """Fail when nothing useful came for too long, or can come."""
+        if not self._states or self._useful_at is None:
+            return
+        if self._verifying:
+            return
+        served = any(
+            group.unfinished & source.holdings.masks.get(group, 0) or source.asks or source.queries
+            for source in self._sources.values()
+            for group in self._demand.groups
+        )
+        self._lonely_since = None if served else now if self._lonely_since is None else self._lonely_since
+        if self._lonely_since is not None:
+            alone = now - self._lonely_since
+            if alone > self.limits.lonely or (self._exhausted and not self._sources):
+                self._fail(e.Failed("no-providers", tuple(self.missing())))
+        elif now - self._useful_at > self.limits.patience:
+            self._fail(e.Failed("timed-out", tuple(self.missing())))
+
+    def _fail(self, command: e.Failed) -> None:
+        self._over = True
+        self._out.append(command)
+
+    # --- bookkeeping ------------------------------------------------------------------------
+
+    def _move(self, cid: CID, verb: str) -> None:
+        state = self._states.get(cid, BlockState.DONE)
+        after = TRANSITIONS.get((state, verb))
+        if after is None:
+            raise LocalProtocolError(f"block {cid} was {verb} while {state.value}")
+        self._states[cid] = after
+        self._verifying += (after is BlockState.VERIFYING) - (state is BlockState.VERIFYING)
+
+    def _settle(self, cid: CID) -> None:
+        """The charge for a second ask ends when nobody owes an answer any more."""
+        if cid in self._charged and cid not in self._askers:
+            del self._charged[cid]
+
+
+_STEPS: Final[Mapping[type, Callable[[Session, Any, float], None]]] = {
+    e.WantsAdded: Session._on_wants,
+    e.PeerJoined: Session._on_joined,
+    e.PeerLeft: Session._on_left,
+    e.PeerBroke: Session._on_broke,
+    e.HoldsReceived: Session._on_holds,
+    e.BytesReceived: Session._on_bytes,
+    e.BlockReceived: Session._on_block,
+    e.MissingReceived: Session._on_missing,
+    e.BlockVerified: Session._on_verified,
+    e.BlockRefused: Session._on_refused,
+    e.SourcesExhausted: Session._on_exhausted,
+    e.Tick: Session._on_tick,
+}
