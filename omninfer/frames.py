@@ -1,0 +1,239 @@
+"""The frames of `/omni/pipeline/1.0.0`: what they say and their limits (spec/06-pipeline, section "Frames").
+
+Pure values. Their bytes are `omninfer.framing`'s, which may come when is `omninfer.conversation`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omninfer.arch import MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB
+from omnistore.cid import CID
+
+PROTOCOL: Final = "/omni/pipeline/1.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one side may send to the other. Both sides of version 1.0.0 know these numbers."""
+
+    frame: int = 64 << 10
+    """Bytes of one frame without length and payload: 1024 tokens take 5 KiB, a full `load` 40 KiB."""
+    payload: int = 64 << 20
+    """Bytes of activations behind a frame: 1024 tokens of a model of width 16384."""
+    rows: int = 1024
+    """Tokens of one forward: enough to keep any machine busy; longer prompts go in pieces."""
+    columns: int = MAX_VOCAB
+    """Numbers of one row: logits are the widest."""
+    forwards: int = 16
+    """Forwards of one stream that may be unanswered: pieces of a prompt following each other."""
+    slots: int = 64
+    """KV caches of one stage for one coordinator."""
+    context: int = MAX_CONTEXT
+    """Tokens that a slot holds."""
+    layers: int = MAX_LAYERS
+    providers: int = 16
+    """Peers that a `load` names as holding the model."""
+    addresses: int = 16
+    """Addresses of one provider."""
+    address: int = 256
+    """Characters of an address or peer ID."""
+    text: int = 512
+    """Characters of a reason or remedy: a line for a person."""
+    ping: int = 1 << 20
+    """Bytes that a `ping` or `pong` carries: what a link's bandwidth is measured with."""
+    number: int = 1 << 53
+    """Byte counts and sequence numbers stay below: every language's integers reach it."""
+
+
+LIMITS: Final = Limits()
+
+PHASES: Final = frozenset({"fetch", "load", "compute"})
+REFUSALS: Final = frozenset({"not-allowed", "memory", "engine", "model", "fetch", "busy"})
+
+Tokens: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Rows of float32, as they travel."""
+
+    rows: int
+    columns: int
+    data: bytes
+    """rows × columns little-endian float32."""
+
+    @classmethod
+    def of(cls, array: NDArray[np.float32]) -> Activations:
+        """Wrap a two-dimensional array."""
+        rows, columns = array.shape
+        return cls(rows, columns, np.ascontiguousarray(array, dtype="<f4").tobytes())
+
+    def array(self) -> NDArray[np.float32]:
+        """[rows, columns], read-only."""
+        flat = np.frombuffer(self.data, dtype="<f4")
+        return flat.reshape(self.rows, self.columns).astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Coordinator: what could you lend, computing with this engine?"""
+
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A peer to fetch weights from."""
+
+    peer: str
+    addrs: tuple[str, ...]
+    """Multiaddrs without the trailing `/p2p/…`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Coordinator: hold this range of this model for me."""
+
+    model: CID
+    first: int
+    last: int
+    """Exclusive."""
+    embed: bool
+    head: bool
+    engine: str
+    context: int
+    slots: int
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Coordinator: append these to a slot and answer what comes out."""
+
+    seq: int
+    """Counts up from 0 on a stream; the `output` repeats it."""
+    slot: int
+    position: int
+    """Tokens the slot must already hold."""
+    input: Tokens | Activations
+    logits: bool
+    """From a stage with the head: answer the last token's logits, or nothing."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are appended."""
+        return self.input.rows if isinstance(self.input, Activations) else len(self.input)
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Coordinator: forget all but the first tokens of a slot. Not answered."""
+
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Coordinator: empty a slot. Not answered."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Coordinator: answer with a `pong` of as many bytes."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """Coordinator: nothing more will come; let go of everything that is mine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Lender: answers `ask`."""
+
+    engine: str
+    memory: int
+    """Bytes that it lends now."""
+    speed: int
+    """Packed weight bytes a second that it multiplies with one token."""
+    footprint: int
+    """Thousandths of a byte of memory that one packed byte takes once loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Lender: still at work. Sent at least every second while it fetches, loads or computes."""
+
+    phase: str
+    """One of `PHASES`."""
+    done: int
+    total: int
+    """Bytes; both 0 while computing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Lender: the stage is loaded."""
+
+    size: int
+    """Packed bytes of its weights."""
+    fetched: int
+    """Bytes that had to come over the network for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Lender: answers `ask` or `load`; the stream goes on."""
+
+    code: str
+    """One of `REFUSALS`."""
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Lender: answers one forward, in order."""
+
+    seq: int
+    values: Activations
+    """Hidden states, a row a token; from a stage with the head, logits: one row, or none if not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Lender: answers `ping`."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Lender: the stream ends here, and why."""
+
+    reason: str
+
+
+FromCoordinator: TypeAlias = Ask | Load | Forward | Trim | Drop | Ping | Bye
+FromLender: TypeAlias = Profile | Progress | Ready | Refuse | Output | Pong | Error
+Frame: TypeAlias = FromCoordinator | FromLender
+
+COORDINATOR: Final = frozenset({"ask", "load", "forward", "trim", "drop", "ping", "bye"})
+"""Names of what a coordinator sends."""
+LENDER: Final = frozenset({"profile", "progress", "ready", "refuse", "output", "pong", "error"})
+"""Names of what a lender sends."""
+
+
+def name_of(frame: Frame) -> str:
+    """The frame's name on the wire."""
+    return type(frame).__name__.lower()
