@@ -16,7 +16,7 @@ from typing import Final
 from omnistore.block import Block
 from omnistore.chunker.ggml import file_type_name
 from omnistore.chunker.gguf import GGUFHeader
-from omnistore.chunker.layout import Layout, layer_count, tensors_by_part
+from omnistore.chunker.layout import Layout, architecture, layer_count, tensors_by_part
 from omnistore.cid import CID
 from omnistore.manifest import (
     FileEntry,
@@ -38,8 +38,6 @@ _TEXT_FACTS: Final = {
 }
 _FACT_TEXT_LIMIT: Final = 4096
 """Characters; a longer text stays in the header alone."""
-_NAME_LIMIT: Final = 256
-"""Characters a manifest allows an architecture's name."""
 _FACT_MAX: Final = 1 << 62
 
 
@@ -78,11 +76,9 @@ def build_manifest(
     base: CID | None = None,
 ) -> Manifest:
     """The manifest of a model with these parts, each given with its encoded node."""
-    architecture = headers[0].metadata.get("general.architecture")
-    named = isinstance(architecture, str) and 0 < len(architecture) <= _NAME_LIMIT
     return Manifest(
         name=name,
-        architecture=str(architecture) if named else "unknown",
+        architecture=architecture(headers),
         quantisation=quantisation(headers),
         layers=layer_count(headers),
         files=tuple(files),
@@ -111,7 +107,7 @@ def facts(headers: Sequence[GGUFHeader]) -> Mapping[str, int | str]:
     """The few metadata values people search for, those that the file has."""
     metadata = headers[0].metadata
     found: dict[str, int | str] = {}
-    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    context = metadata.get(f"{architecture(headers)}.context_length")
     if isinstance(context, int) and not isinstance(context, bool) and 0 <= context <= _FACT_MAX:
         found["context_length"] = context
     parameters = sum(prod(tensor.shape) for header in headers for tensor in header.tensors)

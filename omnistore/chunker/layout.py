@@ -20,6 +20,7 @@ from omnistore.cid import CID
 from omnistore.errors import MalformedManifest
 from omnistore.manifest import (
     MAX_LAYERS,
+    MAX_TEXT,
     FileEntry,
     HeaderPart,
     Manifest,
@@ -51,14 +52,19 @@ def part_of(tensor_name: str) -> PartKey:
     return PartKey("shared")
 
 
+def architecture(headers: Sequence[GGUFHeader]) -> str:
+    """`general.architecture`, or `unknown` when the first file has none that a manifest can carry."""
+    value = headers[0].metadata.get("general.architecture")
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_TEXT else "unknown"
+
+
 def layer_count(headers: Sequence[GGUFHeader]) -> int:
     """Layers of the model: what the metadata says, or more when a tensor's name says so."""
-    metadata = headers[0].metadata
-    claimed = metadata.get(f"{metadata.get('general.architecture')}.block_count")
+    claimed = headers[0].metadata.get(f"{architecture(headers)}.block_count")
     keys = (part_of(tensor.name) for header in headers for tensor in header.tensors)
     named = max((key.index + 1 for key in keys if key.kind == "layer"), default=0)
-    if isinstance(claimed, int) and named <= claimed <= MAX_LAYERS:
-        return int(claimed)
+    if isinstance(claimed, int) and not isinstance(claimed, bool) and named <= claimed <= MAX_LAYERS:
+        return claimed
     return named
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from omnistore.chunker.gguf import LIMITS
 from omnistore.errors import InputError, MalformedGGUF, UnsupportedGGUF
-from omnistore.testing.tiny_gguf import RawValue, TinyGGUF, TinyTensor, Typed, block_tensors
+from omnistore.testing.tiny_gguf import RawValue, TinyGGUF, TinyTensor, Typed
 
 _STRING, _ARRAY = 8, 9
 _HUGE = (1 << 64) - 1
+_ONE = TinyTensor("a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def bad_ggufs() -> tuple[BadGGUF, ...]:
 
 
 def _not_gguf() -> Iterator[BadGGUF]:
-    good = TinyGGUF(block_tensors(1)).build()
+    good = TinyGGUF([_ONE]).build()
     yield BadGGUF("empty", b"", says="truncated")
     yield BadGGUF("magic-cut-short", b"GG", says="truncated")
     yield BadGGUF("magic-only", b"GGUF", says="truncated")
@@ -40,15 +41,15 @@ def _not_gguf() -> Iterator[BadGGUF]:
     for version in (0, 4, 0xFFFFFFFF):
         data = good[:4] + struct.pack("<I", version) + good[8:]
         yield BadGGUF(f"version-{version}", data, UnsupportedGGUF, "version")
-    yield BadGGUF("version-1", TinyGGUF(block_tensors(1), version=1).build(), UnsupportedGGUF, "version 1")
+    yield BadGGUF("version-1", TinyGGUF([_ONE], version=1).build(), UnsupportedGGUF, "version 1")
     for version in (1, 2, 3):
-        data = TinyGGUF(block_tensors(1), version=version, big_endian=True).build()
+        data = TinyGGUF([_ONE], version=version, big_endian=True).build()
         yield BadGGUF(f"big-endian-version-{version}", data, UnsupportedGGUF, "big-endian")
 
 
 def _bad_counts() -> Iterator[BadGGUF]:
-    some = block_tensors(1)
-    for name, count in (("one-too-many", len(some) + 1), ("over-limit", LIMITS.tensors + 1), ("huge", _HUGE)):
+    some = [_ONE]
+    for name, count in (("one-too-many", 1), ("over-limit", LIMITS.tensors + 1), ("huge", _HUGE)):
         says = "truncated" if name == "one-too-many" else "tensors (limit"
         # Nothing after the tensor infos, so that the one too many can only run off the end.
         data = TinyGGUF(some if name != "one-too-many" else [], tensor_count=count).build()
@@ -110,7 +111,7 @@ def _bad_values() -> Iterator[BadGGUF]:
 
 
 def _bad_alignment() -> Iterator[BadGGUF]:
-    some = block_tensors(1)
+    some = [_ONE]
     for value in (0, 1, 4, 7, 48, 0xFFFFFFFF):
         data = TinyGGUF(some, {"general.alignment": value}).build()
         yield BadGGUF(f"alignment-{value}", data, says="general.alignment")

@@ -106,6 +106,8 @@ def test_a_file_without_tensors_has_no_gaps() -> None:
         ({"general.architecture": "llama", "llama.block_count": 4097}, 2, 2),
         ({"general.architecture": "llama", "llama.block_count": "3"}, 2, 2),
         ({"general.architecture": "llama", "llama.block_count": 32}, 0, 32),
+        ({"general.architecture": "llama", "llama.block_count": True}, 0, 0),
+        ({"unknown.block_count": 9}, 5, 9),
         ({}, 5, 5),
         ({}, 0, 0),
     ],
