@@ -122,6 +122,12 @@ class Rope:
     """The file holds `rope_freqs.weight`, which divides the frequencies (Llama 3)."""
 
 
+def layer_suffixes(features: Feature) -> tuple[str, ...]:
+    """The tensors of a layer with these features, without their `blk.N.`."""
+    extra = [s for feature, names in _FEATURE_TENSORS.items() if feature in features for s in names]
+    return (*_COMMON_TENSORS, *extra)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The shape and features of one model: all that an engine or a planner needs beside the weights."""
@@ -156,8 +162,7 @@ class ModelSpec:
 
     def layer_suffixes(self) -> tuple[str, ...]:
         """The tensors of every layer, without their `blk.N.`."""
-        extra = [s for feature, names in _FEATURE_TENSORS.items() if feature in self.features for s in names]
-        return (*_COMMON_TENSORS, *extra)
+        return layer_suffixes(self.features)
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """The shape (ne[0], the input dimension, first) that tensor `name` must have in this model."""

@@ -2,17 +2,20 @@
 
 It prefers being plainly right over being fast. Weights stay packed and are decoded, a slab of rows at
 a time, in each product; only a stage whose weights are small in float32 as well is decoded once, at load.
-One thread beside what BLAS does; no GPU; no batching over slots.
+Slabs are spread over a few threads, each with a single-threaded BLAS. No GPU; no batching over slots.
 """
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
 
 from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
+from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.engines.checks import PackedTensor, StageLimits, check_tensors
 from omninfer.engines.interface import Hidden, Logits, Progress, StageSpec, TensorSource, Tokens, WhichLogits
 from omninfer.engines.packing import F32, Bytes, decode
@@ -23,6 +26,8 @@ DECODED_LIMIT: Final = 128 << 20
 memory rule (1.3 x packed + 300 MB) leaves beside the interpreter and the caches."""
 SLAB_WEIGHTS: Final = 1 << 20
 """Weights decoded at a time in a product: 4 MB of float32 stay in the processor's cache."""
+MAX_THREADS: Final = min(8, os.cpu_count() or 1)
+"""Beyond these the memory's bandwidth is the limit."""
 CACHE_STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""
 
@@ -52,13 +57,18 @@ class PackedMatrix:
     kind: str
     packed: Bytes
     columns: int
+    threads: ThreadPoolExecutor
 
     def product(self, x: F32) -> F32:
         out = np.empty((len(x), len(self.packed)), dtype=np.float32)
         step = max(1, SLAB_WEIGHTS // self.columns)
-        for start in range(0, len(self.packed), step):
+
+        def multiply(start: int) -> None:
             slab = decode(self.kind, self.packed[start : start + step])
             np.matmul(x, slab.T, out=out[:, start : start + step])
+
+        for _ in self.threads.map(multiply, range(0, len(self.packed), step)):
+            pass  # map raises here what a slab raised
         return out
 
     def rows(self, index: Tokens) -> F32:
@@ -100,6 +110,7 @@ class NumpyStage:
     limits: StageLimits
     matrices: dict[str, Matrix]
     vectors: dict[str, F32]
+    threads: ThreadPoolExecutor
     nbytes: int
     _caches: dict[int, SlotCache] = field(default_factory=dict)
     _closed: bool = False
@@ -157,6 +168,7 @@ class NumpyStage:
         self.matrices.clear()
         self.vectors.clear()
         self._caches.clear()
+        self.threads.shutdown()
 
     def _check_open(self, slot: int) -> None:
         if self._closed:
@@ -271,6 +283,8 @@ class NumpyEngine:
     ) -> NumpyStage:
         limits = StageLimits(spec, context, slots)
         tensors = check_tensors(spec, source)
+        limit_blas_to_one_thread()
+        threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="numpy-stage")
         total = sum(t.nbytes for t in tensors.values())
         decoded = 4 * sum(t.rows * t.columns for t in tensors.values()) <= DECODED_LIMIT
         matrices: dict[str, Matrix] = {}
@@ -282,18 +296,18 @@ class NumpyEngine:
             elif decoded or tensor.kind == "F32":
                 matrices[name] = DecodedMatrix(tensor.decoded(source))
             else:
-                matrices[name] = _packed(tensor, source)
+                matrices[name] = _packed(tensor, source, threads)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-        return NumpyStage(limits, matrices, vectors, total)
+        return NumpyStage(limits, matrices, vectors, threads, total)
 
 
-def _packed(tensor: PackedTensor, source: TensorSource) -> PackedMatrix:
+def _packed(tensor: PackedTensor, source: TensorSource, threads: ThreadPoolExecutor) -> PackedMatrix:
     packed = np.empty((tensor.rows, tensor.nbytes // tensor.rows), dtype=np.uint8)
     for rows, slab in tensor.slabs(source):
         packed[rows] = slab
-    return PackedMatrix(tensor.kind, packed, tensor.columns)
+    return PackedMatrix(tensor.kind, packed, tensor.columns, threads)
 
 
 def engine() -> NumpyEngine:

@@ -1,0 +1,1 @@
+"""Shipped test support for inference: the contract of engines, and models made of noise to run it on."""
