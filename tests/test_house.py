@@ -27,6 +27,8 @@ RANKS: dict[str, int] = {
     "omnistore.chunker.ggml": 1,
     "omnistore.chunker.gguf": 1,
     "omnistore.chunker.layout": 1,
+    "omnistore.chunker.describe": 1,
+    "omnistore.chunker.split": 1,
     "omnistore.manifest": 1,
     "omnistore.selection": 1,
     "omnistore.keys": 1,
