@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench bench-transfer bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow lint format bench bench-cut bench-transfer bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -28,7 +28,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # Each prints its figures as ratios to limits measured in the same run.
-bench: bench-transfer bench-engine
+bench: bench-cut bench-transfer bench-engine
+
+bench-cut: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_cut
 
 bench-transfer: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_transfer

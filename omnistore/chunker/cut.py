@@ -44,7 +44,7 @@ Progress: TypeAlias = Callable[[int], None]
 """Takes the bytes hashed since the last call. May raise, which ends the cut."""
 
 _THREADS: Final = 2
-"""BLAKE3 releases the interpreter's lock; more than two only compete for memory bandwidth."""
+"""BLAKE3 releases the interpreter's lock: one reads, or is waited for, while the other hashes."""
 _BATCH: Final = 32
 """Blocks per task and per call of the sink."""
 _WINDOWS: Final = (1 << 20, 16 << 20, LIMITS.header_bytes)
