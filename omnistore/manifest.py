@@ -38,6 +38,7 @@ FACT_NAMES: Final = frozenset({"context_length", "parameters", "license", "size_
 
 PartKind = Literal["header", "shared", "embed", "layer", "head"]
 _KIND_ORDER: Final[Mapping[str, int]] = {kind: order for order, kind in enumerate(get_args(PartKind))}
+_KINDS: Final[Mapping[str, PartKind]] = {kind: kind for kind in get_args(PartKind)}
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
@@ -292,6 +293,23 @@ def part_untrusted(block: Block, ref: PartRef) -> Part:
     return part
 
 
+def part_links_untrusted(block: Block) -> tuple[CID, ...]:
+    """Every block that a part node links to, in order, whatever manifest it belongs to.
+
+    For a server that is asked what it holds of a part. Raises `MalformedManifest`.
+    """
+    node = _node(block, "part")
+    kind, index = node.get("kind"), node.get("index", 0)
+    if not isinstance(kind, str) or kind not in _KIND_ORDER:
+        raise MalformedManifest(f"{block.cid} is not a part")
+    if kind == "header":
+        links = _header_part(node, PartKey("header"), "part").links()
+    else:
+        key = PartKey(_KINDS[kind], _int(index, "part index", 0, MAX_LAYERS - 1))
+        links = _tensor_part(node, key, "part").links()
+    return tuple(cid for cid, _ in links)
+
+
 def _node(block: Block, what: str) -> Mapping[str, Any]:
     if block.cid.codec != DAG_CBOR:
         raise MalformedManifest(f"{what} {block.cid} is a raw block, not a dag-cbor node")
@@ -378,10 +396,10 @@ def _part_ref(entry: Any) -> PartRef:
     node = _map(entry, "part reference")
     _fields(node, "part reference", required={"kind", "index", "size", "link"})
     kind = node["kind"]
-    if kind not in _KIND_ORDER:
+    if not isinstance(kind, str) or kind not in _KIND_ORDER:
         raise MalformedManifest(f"manifest: unknown kind of part {kind!r}")
     most = {"layer": MAX_LAYERS, "header": MAX_FILES}.get(kind, 1) - 1
-    key = PartKey(kind, _int(node["index"], f"index of {kind}", 0, most))
+    key = PartKey(_KINDS[kind], _int(node["index"], f"index of {kind}", 0, most))
     return PartRef(
         key, _int(node["size"], f"size of {key}", 0, MAX_SIZE), _link(node["link"], str(key), DAG_CBOR)
     )

@@ -128,7 +128,7 @@ class SendWant:
     """Ask the peer for these blocks."""
 
     peer: str
-    cids: tuple[CID, ...]
+    blocks: tuple[Wanted, ...]
 
 
 @dataclass(frozen=True, slots=True)

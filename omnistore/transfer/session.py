@@ -29,7 +29,7 @@ from typing import Any, Final
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError
 from omnistore.transfer import events as e
-from omnistore.transfer.demand import Demand, Group
+from omnistore.transfer.demand import Demand, Group, Wanted
 from omnistore.transfer.life import TRANSITIONS, BlockState
 from omnistore.transfer.source import Ask, Source
 from omnistore.transfer.window import FLOW, FlowLimits, PeerFlow
@@ -259,14 +259,14 @@ class Session:
             return
         room = [s for s in self._sources.values() if self._room(s) > 0]
         for source in sorted(room, key=lambda s: s.seconds_for(s.outstanding, now)):
-            cids = []
+            blocks = []
             for block in self._demand.choose(source.holdings):
                 if not self._fits(source, block.size):
                     break
-                self._ask(source, block.cid, block.size, now)
-                cids.append(block.cid)
-            if cids:
-                self._out.append(e.SendWant(source.id, tuple(cids)))
+                self._ask(source, block, now)
+                blocks.append(block)
+            if blocks:
+                self._out.append(e.SendWant(source.id, tuple(blocks)))
 
     def _room(self, source: Source) -> int:
         """Bytes the peer may be asked for now; 0 until enough is free to make it worth a message."""
@@ -280,7 +280,8 @@ class Session:
             return False
         return source.outstanding + size <= source.flow.window
 
-    def _ask(self, source: Source, cid: CID, size: int, now: float) -> None:
+    def _ask(self, source: Source, block: Wanted, now: float) -> None:
+        cid, size = block.cid, block.size
         idle = not source.asks
         source.flow.asked(now, idle=idle)
         if idle:
@@ -320,21 +321,21 @@ class Session:
         if source.outstanding * 2 > source.flow.window or self._room(source) <= 0:
             return
         taken = []
-        for cid, size, other in self._late(source, now):
-            charge = self.duplicate_bytes + sum(self._charged.values()) + size
-            if charge > self.duplicates_allowed or not self._fits(source, size):
+        for block, other in self._late(source, now):
+            charge = self.duplicate_bytes + sum(self._charged.values()) + block.size
+            if charge > self.duplicates_allowed or not self._fits(source, block.size):
                 break
-            self._charged[cid] = size
-            self._give_up(other, cid)
-            self._ask(source, cid, size, now)
-            taken.append(cid)
+            self._charged[block.cid] = block.size
+            self._give_up(other, block.cid)
+            self._ask(source, block, now)
+            taken.append(block)
         if taken:
             self._out.append(e.SendWant(source.id, tuple(taken)))
 
-    def _late(self, source: Source, now: float) -> list[tuple[CID, int, Source]]:
+    def _late(self, source: Source, now: float) -> list[tuple[Wanted, Source]]:
         """Asks of others that `source` could answer in half the time, the latest first."""
         mine = source.outstanding
-        found: list[tuple[float, CID, int, Source]] = []
+        found: list[tuple[float, Wanted, Source]] = []
         for other in self._sources.values():
             ahead = 0
             for cid, ask in other.asks.items() if other is not source else ():
@@ -343,10 +344,11 @@ class Session:
                     continue
                 theirs = other.seconds_for(ahead, now)
                 ours = source.seconds_for(mine + ask.size, now) + (source.flow.delay or 0.05)
-                if theirs > 2 * ours and source.holdings.holds(self._demand.places(cid)):
-                    found.append((theirs, cid, ask.size, other))
+                block = self._demand.wanted(cid)
+                if theirs > 2 * ours and block and source.holdings.holds(self._demand.places(cid)):
+                    found.append((theirs, block, other))
         found.sort(key=lambda item: -item[0])
-        return [(cid, size, other) for _, cid, size, other in found]
+        return [(block, other) for _, block, other in found]
 
     # --- knowing who holds what -------------------------------------------------------------
 

@@ -1,0 +1,282 @@
+"""Serves the transfer protocol: the trio shell around `serve.Serving`.
+
+One pair of tasks per stream (what arrives, what leaves) and a few readers that fetch blocks from
+the store in threads. The store re-checks every digest it reads; a block that turns out rotten or
+changed is answered `missing` and reported. Decides nothing about turns and bounds: `serve` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import trio
+
+from omnistore.block import Block
+from omnistore.cid import CID
+from omnistore.errors import (
+    BlockMissing,
+    IntegrityError,
+    MalformedManifest,
+    OmniError,
+    PeerUnreachable,
+    RemoteProtocolError,
+    StoreError,
+)
+from omnistore.manifest import part_links_untrusted
+from omnistore.net.interface import Network, Stream
+from omnistore.store.interface import Store
+from omnistore.transfer.messages import (
+    LIMITS,
+    PROTOCOL,
+    REQUESTER,
+    Cancel,
+    Decoder,
+    Deliver,
+    Error,
+    FromServer,
+    Have,
+    Holds,
+    Missing,
+    Want,
+    encode,
+)
+from omnistore.transfer.serve import FindHeld, ReadBlocks, ServeLimits, Serving
+
+_log = logging.getLogger(__name__)
+
+READERS: Final = 2
+"""Threads that read and hash: one core's worth each, 3 GB/s."""
+PIECE: Final = 256 << 10
+"""Bytes handed to the network under one deadline."""
+SEND_PATIENCE: Final = 30.0
+"""Seconds for a requester to take in one piece: below 9 kB/s it is not reading."""
+IDLE_PATIENCE: Final = 600.0
+"""Seconds a stream may stay open with nothing asked."""
+LAST_WORDS: Final = 2.0
+"""Seconds to deliver an `error` before the stream is reset."""
+_RECEIVE: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A block that the index promised could not be read: its file changed or is rotten."""
+
+    cid: CID
+    error: OmniError
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A stream ended."""
+
+    peer: str
+    blocks: int
+    bytes: int
+    reason: str | None
+    """Why it was ended by us; None when the requester was done."""
+
+
+ServeEvent: TypeAlias = Unavailable | Served
+
+
+@dataclass(slots=True, eq=False)
+class _Outlet:
+    """What leaves on one stream."""
+
+    send: trio.MemorySendChannel[FromServer]
+    receive: trio.MemoryReceiveChannel[FromServer]
+    active_at: float
+    blocks: int = 0
+    bytes: int = 0
+    reason: str | None = None
+
+
+async def serve_transfer(
+    network: Network,
+    store: Store,
+    *,
+    events: Callable[[ServeEvent], None] = lambda event: None,
+    limits: ServeLimits | None = None,
+    task_status: Any = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer requesters with everything `store` holds, until cancelled."""
+    server = _Server(store, events, Serving(limits or ServeLimits()))
+    async with trio.open_nursery() as nursery:
+        for _ in range(READERS):
+            nursery.start_soon(server.work)
+        network.serve(PROTOCOL, server.stream)
+        task_status.started()
+
+
+@dataclass(slots=True, eq=False)
+class _Server:
+    store: Store
+    events: Callable[[ServeEvent], None]
+    serving: Serving
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READERS))
+    outlets: dict[int, _Outlet] = field(default_factory=dict)
+    lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    """Readers without a job."""
+
+    async def stream(self, stream: Stream) -> None:
+        """Serve one inbound stream to its end."""
+        opened = self.serving.open(stream.peer)
+        if opened is None:
+            with trio.move_on_after(LAST_WORDS):
+                await stream.send_all(encode(Error("busy", "too many streams; come back later")))
+            await stream.aclose()
+            return
+        number, hello = opened
+        outlet = _Outlet(*trio.open_memory_channel[FromServer](math.inf), trio.current_time())
+        self.outlets[number] = outlet
+        outlet.send.send_nowait(hello)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, stream, number, outlet, nursery.cancel_scope)
+                nursery.start_soon(self._watch, number, outlet, nursery.cancel_scope)
+                await self._receive(stream, number, outlet)
+                outlet.send.close()
+                if outlet.reason is None:
+                    nursery.cancel_scope.cancel()
+                nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
+        finally:
+            self.serving.close(number)
+            del self.outlets[number]
+            self.lot.unpark_all()
+            self.events(Served(stream.peer, outlet.blocks, outlet.bytes, outlet.reason))
+            await (stream.aclose() if outlet.reason is None else stream.reset())
+
+    async def _receive(self, stream: Stream, number: int, outlet: _Outlet) -> None:
+        """Take in what the requester says until it ends or breaks the protocol."""
+        decoder = Decoder(REQUESTER)
+        code = "malformed"
+        try:
+            while data := await stream.receive_some(_RECEIVE):
+                outlet.active_at = trio.current_time()
+                code = "malformed"
+                messages = decoder.feed_untrusted(data)
+                code = "over-asked"
+                for message in messages:
+                    if not isinstance(message, Want | Cancel | Have):
+                        continue
+                    reply = self.serving.receive_untrusted(number, message)
+                    if reply is not None:
+                        outlet.send.send_nowait(reply)
+                self.lot.unpark_all()
+        except RemoteProtocolError as error:
+            outlet.reason = error.message
+            _log.info("ending a stream of %s: %s", stream.peer, error)
+            outlet.send.send_nowait(Error(code, error.message[: LIMITS.text]))
+        except PeerUnreachable as error:
+            _log.debug("a stream of %s broke: %s", stream.peer, error)
+
+    async def _send(self, stream: Stream, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
+        """Send what is due, each piece within its deadline."""
+        try:
+            async for message in outlet.receive:
+                await self._send_one(stream, message)
+                outlet.active_at = trio.current_time()
+                if isinstance(message, Deliver):
+                    size = len(message.data)
+                    outlet.blocks += 1
+                    outlet.bytes += size
+                    self.serving.was_sent(number, size)
+                    self.lot.unpark_all()
+        except trio.TooSlowError:
+            outlet.reason = f"asked and then took in nothing for {SEND_PATIENCE:.0f} s"
+            _log.info("ending a stream of %s: it %s", stream.peer, outlet.reason)
+        except PeerUnreachable as error:
+            _log.debug("a stream of %s broke: %s", stream.peer, error)
+        scope.cancel()
+
+    async def _send_one(self, stream: Stream, message: FromServer) -> None:
+        head = encode(message)
+        if not isinstance(message, Deliver):
+            with trio.fail_after(SEND_PATIENCE):
+                await stream.send_all(head)
+            return
+        # The head rides with the first bytes of the payload: one small frame less per block.
+        data = memoryview(message.data)
+        first = min(len(data), 16 << 10)
+        with trio.fail_after(SEND_PATIENCE):
+            await stream.send_all(head + data[:first])
+        for start in range(first, len(data), PIECE):
+            with trio.fail_after(SEND_PATIENCE):
+                await stream.send_all(data[start : start + PIECE])
+
+    async def _watch(self, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
+        """End the stream when nothing has been asked for long."""
+        while True:
+            wait = outlet.active_at + IDLE_PATIENCE - trio.current_time()
+            if wait <= 0 and not self.serving.owes(number):
+                outlet.reason = "idle"
+                scope.cancel()
+                return
+            await trio.sleep(max(wait, 1.0))
+
+    # --- readers ----------------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Do jobs, in the turns that `serving` gives, for ever."""
+        while True:
+            job = self.serving.next()
+            if job is None:
+                await self.lot.park()
+            elif isinstance(job, ReadBlocks):
+                await self._read(job)
+            else:
+                await self._find(job)
+
+    async def _read(self, job: ReadBlocks) -> None:
+        cids = [cid for _, cid in job.asks]
+        results = await trio.to_thread.run_sync(_read_blocks, self.store, cids, limiter=self.threads)
+        outlet = self.outlets.get(job.stream)
+        missing = []
+        for (ask, cid), result in zip(job.asks, results, strict=True):
+            if isinstance(result, Block):
+                self.serving.was_read(job.stream, len(result))
+                if outlet is not None:
+                    outlet.send.send_nowait(Deliver(ask, result.data))
+                continue
+            self.serving.was_read(job.stream, None)
+            missing.append(ask)
+            if not isinstance(result, BlockMissing):
+                _log.warning("block %s can no longer be served: %s", cid, result)
+                self.events(Unavailable(cid, result))
+        if missing and outlet is not None:
+            outlet.send.send_nowait(Missing(tuple(missing)))
+
+    async def _find(self, job: FindHeld) -> None:
+        bitmap = await trio.to_thread.run_sync(_held_of, self.store, job.part, limiter=self.threads)
+        self.serving.was_found(job.stream)
+        outlet = self.outlets.get(job.stream)
+        if outlet is not None:
+            outlet.send.send_nowait(Holds(job.part, bitmap))
+
+
+def _read_blocks(store: Store, cids: Sequence[CID]) -> list[Block | OmniError]:
+    found: list[Block | OmniError] = []
+    for cid in cids:
+        try:
+            found.append(store.read(cid))
+        except (StoreError, IntegrityError) as error:
+            found.append(error)
+    return found
+
+
+def _held_of(store: Store, part: CID) -> bytes | None:
+    """The `holds` bitmap of a part; None when its node is not held or is no part."""
+    try:
+        links = part_links_untrusted(store.read(part))
+    except (StoreError, IntegrityError, MalformedManifest):
+        return None
+    held = store.held(links)
+    bitmap = bytearray(-(-len(links) // 8))
+    for index, cid in enumerate(links):
+        if cid in held:
+            bitmap[index // 8] |= 1 << index % 8
+    return bytes(bitmap) if 0 < len(bitmap) <= LIMITS.bitmap else None

@@ -1,0 +1,355 @@
+"""The peers of one fetch: the trio shell around `session.Session`.
+
+Dials candidates and keeps a stream to each, turns what arrives into events and commands into
+bytes, and verifies and stores blocks in a thread, several per hop. Back-pressure runs from the
+disk to the sender: while the queue before that thread is full, nothing is received. What is
+wanted, and where peers come from, is `client`'s to say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from omnistore.block import Block
+from omnistore.cid import CID, RAW
+from omnistore.errors import (
+    DigestMismatch,
+    FetchTimedOut,
+    LocalProtocolError,
+    NoProviders,
+    OmniError,
+    PeerUnreachable,
+    RemoteProtocolError,
+)
+from omnistore.net.interface import Network, Provider, Stream
+from omnistore.transfer import events as e
+from omnistore.transfer.asks import Arrived, Asks, Refused
+from omnistore.transfer.demand import Wanted
+from omnistore.transfer.messages import PROTOCOL, Error, Hello, Holds
+from omnistore.transfer.session import Session
+
+_log = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[Block]], None]
+"""Keeps verified blocks; called in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmLimits:
+    """What one fetch may take of this machine."""
+
+    links: int = 32
+    """Peers asked at once; each costs a stream and some 200 KiB."""
+    candidates: int = 256
+    """Peers remembered; more would only be strangers' claims."""
+    unverified: int = 24
+    """Blocks received and waiting to be verified: 24 MiB, a tenth of a second at full speed."""
+    batch: int = 16
+    """Blocks verified and written in one hop to a thread."""
+    receive: int = 1 << 20
+    """Bytes taken from a stream at once, at most."""
+    tick: float = 0.1
+    """Seconds between two looks at deadlines and at the end-game."""
+    hello: float = 15.0
+    """Seconds for a peer to greet."""
+    redial_least: float = 1.0
+    """Seconds before a peer that went away is dialled again; doubles up to `redial_most`."""
+    redial_most: float = 30.0
+
+
+LIMITS: Final = SwarmLimits()
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One joined peer."""
+
+    stream: Stream
+    scope: trio.CancelScope
+    asks: Asks = field(default_factory=Asks)
+    outgoing: bytearray = field(default_factory=bytearray)
+    due: trio.Event = field(default_factory=trio.Event)
+    alive: bool = False
+    """Some bytes arrived since the last tick, or the wait is ours."""
+    held_up: bool = False
+    """What arrived waits for the verifying thread."""
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes for the writer task."""
+        self.outgoing += data
+        self.due.set()
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a fetch moved so far."""
+
+    blocks: int = 0
+    bytes: int = 0
+    node_bytes: int = 0
+    peers: dict[str, int] = field(default_factory=dict)
+    """Verified payload bytes of raw blocks, by sender."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Peers that misbehaved or stalled, and how."""
+    unreachable: dict[str, str] = field(default_factory=dict)
+    """Peers and addresses that could not be reached, and why."""
+
+
+class Swarm:
+    """The peers of one fetch. `run` it in a nursery, `add` candidates, `fetch` blocks."""
+
+    def __init__(
+        self, network: Network, session: Session, limits: SwarmLimits = LIMITS, *, hopeless: bool = False
+    ) -> None:
+        """`hopeless`: no more candidates will come once those added are banned."""
+        self.session = session
+        self.tally = Tally()
+        self.progressed: Callable[[], None] = lambda: None
+        """Called after blocks were verified."""
+        self._network = network
+        self._limits = limits
+        self._finite = hopeless
+        self._links: dict[str, Link] = {}
+        self._candidates: dict[str, Provider] = {}
+        self._slots = trio.Semaphore(limits.links)
+        self._threads = trio.CapacityLimiter(2)
+        channel = trio.open_memory_channel[tuple[str, Wanted, bytes | bytearray | memoryview]]
+        self._received, self._to_verify = channel(limits.unverified)
+        self._sink: Sink | None = None
+        self._finished = trio.Event()
+        self._failure: OmniError | None = None
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def peers(self) -> int:
+        """How many are joined."""
+        return len(self._links)
+
+    async def run(self) -> None:
+        """Keep the links, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for provider in self._candidates.values():
+                nursery.start_soon(self._keep, provider)
+            nursery.start_soon(self._tick)
+            nursery.start_soon(self._verify)
+
+    def add(self, provider: Provider) -> None:
+        """A peer that may hold something."""
+        if provider.peer in self._candidates or provider.peer == self._network.peer_id:
+            return
+        if len(self._candidates) < self._limits.candidates:
+            self._candidates[provider.peer] = provider
+            if self._nursery is not None:
+                self._nursery.start_soon(self._keep, provider)
+
+    async def fetch(self, wants: Sequence[e.WantsAdded], sink: Sink) -> None:
+        """Have every block of `wants` verified and given to `sink`. Raises `NetworkError` or `StoreError`."""
+        self._sink, self._finished = sink, trio.Event()
+        for want in wants:
+            self._dispatch(want)
+        if any(want.wanted for want in wants):
+            await self._finished.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # --- events and commands ----------------------------------------------------------------
+
+    def _dispatch(self, event: e.Event) -> bool:
+        """Step the session and carry out its commands; whether the block just received is to be verified."""
+        verify = False
+        for command in self.session.step(event, trio.current_time()):
+            match command:
+                case e.Verify():
+                    verify = True
+                case e.SendWant(peer, blocks):
+                    self._links[peer].send(self._links[peer].asks.want(blocks))
+                case e.SendCancel(peer, cids):
+                    self._links[peer].send(self._links[peer].asks.cancel(cids))
+                case e.AskHave(peer, parts):
+                    self._links[peer].send(self._links[peer].asks.have(parts))
+                case e.DropPeer(peer, reason, banned):
+                    _log.log(logging.WARNING if banned else logging.INFO, "dropped %s: %s", peer, reason)
+                    self.tally.dropped[peer] = reason
+                    if peer in self._links:
+                        self._links[peer].scope.cancel()
+                case e.Done():
+                    self._finished.set()
+                case e.Failed():
+                    self._fail(self._explain(command))
+        return verify
+
+    def _fail(self, error: OmniError) -> None:
+        self._failure = self._failure or error
+        self._finished.set()
+
+    def _explain(self, command: e.Failed) -> OmniError:
+        lacking = f"{len(command.missing)} blocks missing, the first {command.missing[0]}"
+        faults = [f"{peer}: {why}" for peer, why in {**self.tally.unreachable, **self.tally.dropped}.items()]
+        told = "; ".join(faults[:5])
+        if command.kind == "timed-out":
+            limit = self.session.limits.patience
+            message = f"nothing useful arrived for {limit:.0f} s ({lacking})"
+            return FetchTimedOut(message, remedy=told or "Run the same command again: it resumes by block.")
+        found = (
+            "no peer found" if not (faults or self._candidates) else "no reachable peer holds what is needed"
+        )
+        return NoProviders(
+            f"{found} ({lacking})" + (f": {told}" if told else ""),
+            remedy="Check that a seed is running and reachable, or name one with --peer.",
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(self._limits.tick)
+            for peer, link in list(self._links.items()):
+                if link.alive or link.held_up:
+                    link.alive = False
+                    self._dispatch(e.BytesReceived(peer))
+            self._dispatch(e.Tick())
+            banned = self.session.banned
+            if self._finite and self._candidates and all(peer in banned for peer in self._candidates):
+                self._dispatch(e.SourcesExhausted())
+
+    # --- links ------------------------------------------------------------------------------
+
+    async def _keep(self, provider: Provider) -> None:
+        """Stay joined to one candidate for as long as it behaves."""
+        pause = self._limits.redial_least
+        while provider.peer not in self.session.banned:
+            async with self._slots:
+                started = trio.current_time()
+                try:
+                    await self._join(provider)
+                except PeerUnreachable as error:
+                    self.tally.unreachable[provider.peer] = error.message
+                    _log.debug("peer %s: %s", provider.peer, error)
+            if trio.current_time() - started > self._limits.redial_most:
+                pause = self._limits.redial_least
+            await trio.sleep(pause)
+            pause = min(2 * pause, self._limits.redial_most)
+
+    async def _join(self, provider: Provider) -> None:
+        """One stream, from its opening to its end."""
+        stream = await self._network.open_stream(provider, PROTOCOL)
+        peer = provider.peer
+        link = Link(stream, trio.CancelScope())
+        try:
+            with link.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, link, nursery.cancel_scope)
+                    await self._read(peer, link)
+                    nursery.cancel_scope.cancel()
+        finally:
+            if self._links.get(peer) is link:
+                del self._links[peer]
+                self._dispatch(e.PeerLeft(peer))
+            await stream.reset()
+
+    async def _write(self, link: Link, scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                await link.due.wait()
+                link.due = trio.Event()
+                data, link.outgoing = link.outgoing, bytearray()
+                await link.stream.send_all(data)
+        except PeerUnreachable as error:
+            _log.debug("peer %s: %s", link.stream.peer, error)
+            scope.cancel()
+
+    async def _read(self, peer: str, link: Link) -> None:
+        """Receive until the stream ends; a peer that breaks the protocol is banned."""
+        hello = trio.current_time() + self._limits.hello
+        try:
+            while True:
+                with trio.CancelScope(deadline=hello) as waiting:
+                    data = await link.stream.receive_some(self._limits.receive)
+                if waiting.cancelled_caught:
+                    raise PeerUnreachable(f"{peer} did not greet within {self._limits.hello:.0f} s")
+                if not data:
+                    raise PeerUnreachable(f"{peer} ended the stream")
+                link.alive = True
+                for answer in link.asks.receive_untrusted(data):
+                    if isinstance(answer, Hello):
+                        hello = float("inf")
+                        self._links[peer] = link
+                        self.tally.unreachable.pop(peer, None)
+                        self._dispatch(e.PeerJoined(peer, answer.asks, answer.queries))
+                    else:
+                        await self._answered(peer, link, answer)
+        except RemoteProtocolError as error:
+            self.tally.dropped[peer] = error.message
+            self.session.banned.setdefault(peer, error.message)
+            self._dispatch(e.PeerBroke(peer, error.message))
+
+    async def _answered(self, peer: str, link: Link, answer: Arrived | Refused | Holds | Error) -> None:
+        match answer:
+            case Arrived(wanted, data):
+                if self._dispatch(e.BlockReceived(peer, wanted.cid, len(data))):
+                    link.held_up = True
+                    await self._received.send((peer, wanted, data))
+                    link.held_up = False
+            case Refused(cids):
+                self._dispatch(e.MissingReceived(peer, cids))
+            case Holds(part, blocks):
+                self._dispatch(e.HoldsReceived(peer, part, blocks))
+            case Error(code, text):
+                raise PeerUnreachable(f"{peer} ended the stream: {code}: {text}")
+
+    # --- verification -----------------------------------------------------------------------
+
+    async def _verify(self) -> None:
+        """Verify and keep what arrived, as many blocks at a time as have come together."""
+        while True:
+            batch = [await self._to_verify.receive()]
+            while len(batch) < self._limits.batch:
+                try:
+                    batch.append(self._to_verify.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            if self._sink is None:
+                raise LocalProtocolError("a block arrived that nothing was to be done with")
+            try:
+                refused = await trio.to_thread.run_sync(
+                    _keep_verified, batch, self._sink, limiter=self._threads
+                )
+            except OmniError as error:
+                self._fail(error)
+                return
+            for peer, wanted, data in batch:
+                if wanted.cid in refused:
+                    self._dispatch(e.BlockRefused(peer, wanted.cid))
+                    continue
+                self._count(peer, wanted.cid, len(data))
+                self._dispatch(e.BlockVerified(wanted.cid))
+            self.progressed()
+
+    def _count(self, peer: str, cid: CID, size: int) -> None:
+        tally = self.tally
+        if cid.codec == RAW:
+            tally.blocks += 1
+            tally.bytes += size
+            tally.peers[peer] = tally.peers.get(peer, 0) + size
+        else:
+            tally.node_bytes += size
+            tally.peers.setdefault(peer, 0)
+
+
+def _keep_verified(
+    batch: Sequence[tuple[str, Wanted, bytes | bytearray | memoryview]], sink: Sink
+) -> set[CID]:
+    """Give the blocks that match their CIDs to `sink`; the CIDs of the others."""
+    good, refused = [], set()
+    for _, wanted, data in batch:
+        try:
+            good.append(Block.verify_untrusted(wanted.cid, data))
+        except DigestMismatch:
+            refused.add(wanted.cid)
+    if good:
+        sink(good)
+    return refused
