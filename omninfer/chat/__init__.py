@@ -24,7 +24,7 @@ __all__ = ["ChatTemplate"]
 
 MAX_TEMPLATE = 1 << 16
 """Characters; the longest published templates have about 20 thousand."""
-MAX_PROMPT = 1 << 23
+MAX_PROMPT = 1 << 22
 """Characters of a rendered conversation."""
 
 CHATML = """\
