@@ -218,7 +218,10 @@ _Pending: TypeAlias = "bool | int | float | str | _Deferred | tuple[_Pending, ..
 
 
 class _Cursor:
-    """A position in the borrowed buffer; reading past its end raises struct.error or OverflowError."""
+    """A position in the borrowed buffer, never past its end.
+
+    Reading a number beyond the end raises struct.error or OverflowError.
+    """
 
     __slots__ = ("_file_size", "_name", "arrays", "pos", "view")
 
@@ -283,8 +286,6 @@ def _read(cursor: _Cursor) -> GGUFHeader:
     alignment = _alignment(cursor, pending)
     infos = [_read_tensor_info(cursor) for _ in range(tensor_count)]
     metadata_size = cursor.pos
-    if metadata_size > len(cursor.view):
-        raise cursor.truncated()
     data_offset = -(-metadata_size // alignment) * alignment
     tensors = tuple(_place(cursor, info, data_offset, alignment) for info in infos)
     size = _check_data(cursor, tensors)

@@ -193,6 +193,15 @@ def test_a_file_that_is_truncated_meanwhile_is_refused(tmp_path: Path) -> None:
         cut([path], sink=lambda _: os.truncate(path, 4096))
 
 
+def test_a_file_shorter_than_it_was_when_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, tiny_model(1).build())
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(SourceChanged, match=r"m\.gguf changed"):
+        open_header(path)
+
+
 def test_a_caller_can_end_the_cut(tmp_path: Path) -> None:
     class Enough(Exception):
         pass
