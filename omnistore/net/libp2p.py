@@ -198,9 +198,7 @@ class Libp2pNetwork:
         peer = _peer_untrusted(provider.peer)
         if provider.peer == self.peer_id:
             raise PeerUnreachable(f"{provider.peer} is this node itself")
-        known = []
-        for text in provider.addrs[:MAX_ADDRESSES]:
-            known.append(Multiaddr(parse_untrusted(text).transport))
+        known = [Multiaddr(text) for text in _usable_untrusted(provider.addrs)]
         network = self.host.get_network()
         if known:
             network.peerstore.add_addrs(peer, known, ADDRESS_TTL)
@@ -327,6 +325,17 @@ def _peer_untrusted(text: str) -> Any:
         return ID.from_base58(text)
     except ValueError as error:
         raise PeerUnreachable(f"{text[:80]!r} is not a peer ID: {error}") from None
+
+
+def _usable_untrusted(addrs: Sequence[str]) -> list[str]:
+    """Those of a stranger's addresses that we can dial; never raises."""
+    usable = []
+    for text in addrs[:MAX_ADDRESSES]:
+        try:
+            usable.append(parse_untrusted(text).transport)
+        except BadConfig as error:
+            logger.debug("ignoring an address: %s", error)
+    return usable
 
 
 def _only_exception(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

@@ -72,8 +72,8 @@ async def network() -> AsyncIterator[Libp2pNetwork]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await trio.sleep(0.02)  # noqa: ASYNC110  # the library has no event for it
+    while not condition():  # noqa: ASYNC110  # the library has no event for it
+        await trio.sleep(0.02)
 
 
 async def echoes(network: Libp2pNetwork, provider: Provider, size: int = 3) -> bool:

@@ -1,0 +1,147 @@
+"""The DHT as `ContentRouting`: a thin shell around `lookup` and `schedule` (spec/04-discovery §4-§5).
+
+Nothing is cached: every find asks the network. Every announcement is confirmed, by asking the
+peers that should have it; a node without DHT peers announces nothing, and tries again when one
+appears. Providers found are claims: that one is dead is for the caller to notice, and to skip.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from omnistore.cid import CID
+from omnistore.dht.interface import Answer, Kademlia
+from omnistore.dht.lookup import Lookup
+from omnistore.dht.records import merge, provider_key
+from omnistore.dht.schedule import (
+    Event,
+    Forget,
+    Held,
+    PeerAppeared,
+    Provide,
+    Provided,
+    ReprovideSchedule,
+    Tick,
+)
+from omnistore.errors import PeerUnreachable, RemoteProtocolError
+from omnistore.net.interface import Provider
+
+logger = logging.getLogger(__name__)
+
+ASK_DEADLINE: Final = 5.0
+"""Seconds one peer may take for one question."""
+WALK_DEADLINE: Final = 20.0
+"""Seconds for a whole lookup."""
+FIND_GRACE: Final = 1.0
+"""Seconds that a find goes on after its first provider, for peers that are slow or gone."""
+CONFIRM_TRIES: Final = 2
+"""Times a record is sent to a peer that does not show it."""
+
+
+@dataclass(slots=True)
+class DHTService:
+    """Finds providers, and keeps what this node holds announced while `run` runs."""
+
+    node: Kademlia
+    schedule: ReprovideSchedule = field(default_factory=ReprovideSchedule)
+    on_provided: Callable[[CID, int], None] = lambda cid, copies: None
+    """Called after every announcement, with the copies confirmed."""
+    _events: tuple[trio.MemorySendChannel[Event], trio.MemoryReceiveChannel[Event]] = field(
+        default_factory=lambda: trio.open_memory_channel[Event](float("inf"))
+    )
+
+    def hold(self, cids: Iterable[CID]) -> None:
+        """Announce exactly these from now on."""
+        self._events[0].send_nowait(Held(frozenset(cids)))
+
+    async def run(self) -> None:
+        """Announce what is due, for ever."""
+        self.node.on_peer(lambda: self._events[0].send_nowait(PeerAppeared()))
+        event: Event = Tick()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for command in self.schedule.step(event, trio.current_time()):
+                    match command:
+                        case Provide(cid):
+                            nursery.start_soon(self._announce, cid)
+                        case Forget(cid):
+                            self.node.forget_own(provider_key(cid))
+                event = Tick()
+                with trio.CancelScope(deadline=self.schedule.wake_at()):
+                    event = await self._events[1].receive()
+
+    async def _announce(self, cid: CID) -> None:
+        copies = await self.provide(cid)
+        self._events[0].send_nowait(Provided(cid, copies))
+        self.on_provided(cid, copies)
+
+    async def provide(self, cid: CID) -> int:
+        """Announce that we hold `cid`; the number of peers confirmed to have the record."""
+        key = provider_key(cid)
+        self.node.keep_own(key)
+        lookup, _ = await self._walk(key)
+        confirmed: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            for peer in lookup.closest():
+                nursery.start_soon(self._place, peer, key, confirmed)
+        return len(confirmed)
+
+    async def find_providers(self, cid: CID, *, limit: int = 20) -> Sequence[Provider]:
+        """Peers that claim to hold `cid`, without us, each once. Empty when there are none."""
+        key = provider_key(cid)
+        _, found = await self._walk(key, grace=FIND_GRACE)
+        return merge([*found, *self.node.own_records(key)], without=self.node.peer_id, limit=limit)
+
+    async def _place(self, peer: Provider, key: bytes, confirmed: set[str]) -> None:
+        """Leave our record with a peer and look whether it is there."""
+        for _ in range(CONFIRM_TRIES):
+            try:
+                with trio.fail_after(ASK_DEADLINE):
+                    await self.node.add_provider(peer, key)
+                    answer = await self.node.ask_providers(peer, key)
+            except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as error:
+                logger.debug("%s did not take a record: %r", peer.peer, error)
+                continue
+            if any(provider.peer == self.node.peer_id for provider in answer.providers):
+                confirmed.add(peer.peer)
+                return
+
+    async def _walk(self, key: bytes, grace: float = float("inf")) -> tuple[Lookup, list[Provider]]:
+        """Look a key up: the finished lookup, and every provider named on the way."""
+        lookup = Lookup(key, self.node.peer_id)
+        lookup.learn(self.node.start_peers(key))
+        found: list[Provider] = []
+        deadline = trio.current_time() + WALK_DEADLINE
+        send, receive = trio.open_memory_channel[tuple[str, Answer | None]](float("inf"))
+
+        async def ask(peer: Provider) -> None:
+            send.send_nowait((peer.peer, await self._ask(peer, key)))
+
+        with trio.CancelScope(deadline=deadline) as walking:
+            async with trio.open_nursery() as nursery:
+                while not lookup.done:
+                    for peer in lookup.next_peers():
+                        nursery.start_soon(ask, peer)
+                    asked, answer = await receive.receive()
+                    if answer is None:
+                        lookup.failed(asked)
+                        continue
+                    lookup.answered(asked, answer.closer)
+                    if answer.providers and not found:
+                        walking.deadline = min(deadline, trio.current_time() + grace)
+                    found += answer.providers
+                nursery.cancel_scope.cancel()
+        return lookup, found
+
+    async def _ask(self, peer: Provider, key: bytes) -> Answer | None:
+        try:
+            with trio.fail_after(ASK_DEADLINE):
+                return await self.node.ask_providers(peer, key)
+        except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as error:
+            logger.debug("%s did not answer a question: %r", peer.peer, error)
+            return None
