@@ -1,0 +1,291 @@
+"""Putting a fetched model together in sparse files, so that a crash at any instruction loses nothing.
+
+The order is the whole idea: bytes go to their offsets, are made durable, and only then does the
+index say that they are there. A block the index names was therefore verified and written, whatever
+happened since. A file is called `NAME.gguf.part` until every byte of the model's is in place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from omnistore.block import Block
+from omnistore.chunker.layout import Placement
+from omnistore.cid import CID
+from omnistore.config import sync_directory
+from omnistore.errors import (
+    BlockMissing,
+    DigestMismatch,
+    InputError,
+    LocalProtocolError,
+    MalformedManifest,
+    SourceChanged,
+)
+from omnistore.manifest import PartKey
+from omnistore.store.disk import FileLock, check_room, place_file, reported, sync_data, write_at
+from omnistore.store.index import StoredFile, part_path
+from omnistore.store.interface import Model
+from omnistore.store.models import names_of
+
+if TYPE_CHECKING:
+    from omnistore.store.files import FileStore
+
+_OPEN_MODE: Final = 0o600
+"""Of files under the home: the home is its owner's alone."""
+
+
+@dataclass(slots=True)
+class _Target:
+    """One file of the model while it is being put together."""
+
+    file: StoredFile
+    fd: int | None
+    """Open for writing; None for a user's file that holds all that is wanted already."""
+    written: set[int]
+    """Offsets of the blocks that the index says are in it."""
+
+
+class FileAssembly:
+    """The files of one model under construction; holds the model's lock until `close`."""
+
+    def __init__(
+        self,
+        store: FileStore,
+        lock: FileLock,
+        model: Model,
+        row: int,
+        placements: Sequence[Placement],
+        parts: Collection[PartKey],
+    ) -> None:
+        self.model = model
+        self._store = store
+        self._model_lock = lock
+        self._row = row
+        self._wanted = sorted(
+            (placement for placement in placements if placement.part in parts),
+            key=lambda p: (p.part.rank, p.file, p.offset),
+        )
+        self._places: dict[CID, list[Placement]] = {}
+        for placement in placements:
+            self._places.setdefault(placement.cid, []).append(placement)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._targets: dict[int, _Target] = {}
+        try:
+            self._targets = self._open_targets()
+            held = self._store.held({placement.cid for placement in self._wanted})
+            self.local_blocks = len(held)
+            self._check_room()
+            self._copy_local(held)
+        except BaseException:
+            self._close_targets()
+            raise
+
+    def missing(self) -> Sequence[Placement]:
+        with self._lock:
+            return [p for p in self._wanted if p.offset not in self._targets[p.file].written]
+
+    def write(self, blocks: Sequence[Block]) -> None:
+        with self._lock:
+            if self._closed:
+                raise LocalProtocolError(f"the assembly of {self.model.manifest.name} is closed")
+            self._write(blocks)
+
+    def finish(self, output: Path | None = None) -> Sequence[Path]:
+        missing = self.missing()
+        if missing:
+            raise BlockMissing(
+                f"{len(missing)} blocks of {self.model.manifest.name} are missing",
+                remedy=f"Run `omni pin {self.model.cid}` again.",
+            )
+        with self._lock:
+            whole = self._is_whole()
+            if whole:
+                self._give_names()
+        paths = [self._targets[number].file.where for number in range(len(self.model.manifest.files))]
+        if output is None:
+            return paths
+        if not whole:
+            raise InputError(
+                f"{self.model.manifest.name} is here in part only, so there is nothing to write to {output}",
+                remedy="Pin it without --layers first.",
+            )
+        return deliver(paths, names_of(self.model.manifest), output, link=True)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._close_targets()
+            self._model_lock.release()
+
+    # --- opening ----------------------------------------------------------------------------
+
+    def _open_targets(self) -> dict[int, _Target]:
+        found: dict[int, _Target] = {}
+        known = self._store.index.files(self._row)
+        wanted: dict[int, set[int]] = {number: set() for number in range(len(self.model.manifest.files))}
+        for placement in self._wanted:
+            wanted[placement.file].add(placement.offset)
+        for number, offsets in wanted.items():
+            mine = [file for of, file in known if of == number and not file.lost]
+            found[number] = self._referenced(mine, offsets) or self._owned(number, offsets)
+            # Known at once, so that what was opened is closed if a later file can not be.
+            self._targets = found
+        return found
+
+    def _referenced(self, files: Iterable[StoredFile], offsets: set[int]) -> _Target | None:
+        """The user's own file, if it holds everything that is wanted of this one."""
+        for file in files:
+            if not file.owned and file.where.exists():
+                written = self._written(file.id)
+                if written >= offsets:
+                    return _Target(file, None, written)
+        return None
+
+    def _owned(self, number: int, offsets: set[int]) -> _Target:
+        """Our file of this number: found again, or begun."""
+        entry = self.model.manifest.files[number]
+        path = self._store.models_directory / str(self.model.manifest_cid) / entry.name
+        row = next((file for _, file in self._store.index.files() if file.path == path), None)
+        with reported(path, "written"):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            named = row is not None and not row.partial and path.exists()
+            whole = named and row is not None and self._written(row.id) >= offsets
+            current = path if whole else part_path(path)
+            if named and not whole:
+                # It was whole once and lost blocks since: it is to be filled again.
+                path.replace(current)
+            fresh = not current.exists()
+            fd = os.open(current, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OPEN_MODE)
+            try:
+                intact = not fresh and os.fstat(fd).st_size == entry.size
+                if not intact:
+                    os.ftruncate(fd, entry.size)
+                    os.fsync(fd)
+                sync_directory(path.parent)
+                file = StoredFile(0, path, entry.size, 0, 0, owned=True, partial=not whole, lost=False)
+                file = self._know(number, file, intact)
+                return _Target(file, fd, self._written(file.id))
+            except BaseException:
+                os.close(fd)
+                raise
+
+    def _know(self, number: int, file: StoredFile, intact: bool) -> StoredFile:
+        """Enter our file in the index; what it held does not count unless it is `intact`."""
+        with self._store.index.writing() as writer:
+            row = writer.put_file(file)
+            writer.put_model_file(self._row, number, row)
+            if not intact:
+                writer.clear_locations(row)
+        return StoredFile(row, file.path, file.size, 0, 0, owned=True, partial=file.partial, lost=False)
+
+    def _written(self, file: int) -> set[int]:
+        return {offset for offset, _, _ in self._store.index.contents(file)}
+
+    def _check_room(self) -> None:
+        needed = sum(placement.size for placement in self.missing())
+        self._store.models_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_room(
+            self._store.models_directory, needed, self._store.config.disk_reserve, self.model.manifest.name
+        )
+
+    def _copy_local(self, held: set[CID]) -> None:
+        """Take in what other files here hold, a bounded batch at a time."""
+        batch: list[Block] = []
+        size = 0
+        for cid in dict.fromkeys(placement.cid for placement in self.missing()):
+            if cid not in held:
+                continue
+            # What turns out to be gone or rotten is simply missing: the store has said so.
+            with suppress(BlockMissing, SourceChanged, DigestMismatch):
+                batch.append(self._store.read(cid))
+                size += len(batch[-1])
+            if size >= self._store.config.copy_batch:
+                self.write(batch)
+                batch, size = [], 0
+        if batch:
+            self.write(batch)
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def _write(self, blocks: Sequence[Block]) -> None:
+        rows: dict[int, list[tuple[bytes, int, int]]] = {}
+        for block in blocks:
+            for place in self._places_of(block):
+                target = self._targets[place.file]
+                if target.fd is None or place.offset in target.written:
+                    continue
+                with reported(target.file.where, "written"):
+                    write_at(target.fd, block.data, place.offset)
+                rows.setdefault(place.file, []).append((block.cid.digest, place.offset, place.size))
+        self._commit(rows)
+
+    def _places_of(self, block: Block) -> Sequence[Placement]:
+        places = self._places.get(block.cid)
+        if places is None:
+            raise LocalProtocolError(f"block {block.cid} has no place in {self.model.manifest.name}")
+        for place in places:
+            if place.size != len(block):
+                raise MalformedManifest(
+                    f"{self.model.manifest.name}: block {block.cid} has {len(block)} bytes,"
+                    f" but {place.size} are to come from it"
+                )
+        return places
+
+    def _commit(self, rows: Mapping[int, Sequence[tuple[bytes, int, int]]]) -> None:
+        if not rows:
+            return
+        for number in rows:
+            target = self._targets[number]
+            assert target.fd is not None
+            with reported(target.file.where, "written"):
+                sync_data(target.fd)
+        with self._store.index.writing() as writer:
+            for number, places in rows.items():
+                writer.add_locations(self._targets[number].file.id, places)
+        for number, places in rows.items():
+            self._targets[number].written.update(offset for _, offset, _ in places)
+
+    # --- ending -----------------------------------------------------------------------------
+
+    def _is_whole(self) -> bool:
+        """Whether the files hold as many bytes as all parts together (places never overlap)."""
+        contents = (self._store.index.contents(target.file.id) for target in self._targets.values())
+        held = sum(length for places in contents for _, length, _ in places)
+        return held == sum(ref.size for ref in self.model.manifest.parts)
+
+    def _give_names(self) -> None:
+        """Rename, then tell the index: a crash in between is mended when the store is opened."""
+        for target in self._targets.values():
+            file = target.file
+            if not file.partial:
+                continue
+            with reported(file.where, "renamed"):
+                file.where.replace(file.path)
+                sync_directory(file.path.parent)
+            with self._store.index.writing() as writer:
+                writer.set_partial(file.id, False)
+            target.file = StoredFile(
+                file.id, file.path, file.size, 0, 0, owned=True, partial=False, lost=False
+            )
+
+    def _close_targets(self) -> None:
+        for target in self._targets.values():
+            if target.fd is not None:
+                os.close(target.fd)
+                target.fd = None
+
+
+def deliver(paths: Sequence[Path], names: Sequence[str], output: Path, *, link: bool) -> list[Path]:
+    """Give the user a model's files at `output`: a file, or a directory for several or an existing one."""
+    into = output.is_dir() or len(names) > 1
+    targets = [output / name if into else output for name in names]
+    for source, target in zip(paths, targets, strict=True):
+        place_file(source, target, link=link)
+    return targets

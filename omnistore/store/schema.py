@@ -1,0 +1,109 @@
+"""The index's tables and their migrations.
+
+SQL is written in `omnistore/store` only: tables here, queries in `index`, garbage collection in
+`sweep`. A digest (32 bytes) is the key of blocks and nodes alike: the codec follows from the table.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from omnistore.errors import StoreError
+
+VERSION: Final = 1
+"""`PRAGMA user_version` of an index that has every migration below."""
+
+_FIRST: Final = (
+    # A GGUF file: the user's own (referenced in place) or ours (`owned`). `path` is the name it has when
+    # whole; while `partial` it is called `path` + '.part'. `lost`: gone; its locations do not count.
+    """CREATE TABLE files (
+        id INTEGER PRIMARY KEY,
+        path TEXT NOT NULL UNIQUE,
+        size INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL,
+        inode INTEGER NOT NULL,
+        owned INTEGER NOT NULL,
+        partial INTEGER NOT NULL DEFAULT 0,
+        lost INTEGER NOT NULL DEFAULT 0
+    )""",
+    """CREATE TABLE locations (
+        digest BLOB NOT NULL,
+        file INTEGER NOT NULL REFERENCES files(id) ON DELETE CASCADE,
+        offset INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        PRIMARY KEY (digest, file, offset)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX locations_of_file ON locations (file, offset)",
+    # `added` in seconds since 1970: garbage collection spares what is new.
+    """CREATE TABLE nodes (
+        id INTEGER PRIMARY KEY,
+        digest BLOB NOT NULL UNIQUE,
+        data BLOB NOT NULL,
+        added INTEGER NOT NULL
+    )""",
+    # The blocks of a part's node; `bytes` counts a block as often as the part has it.
+    """CREATE TABLE links (
+        node INTEGER NOT NULL REFERENCES nodes(id) ON DELETE CASCADE,
+        digest BLOB NOT NULL,
+        bytes INTEGER NOT NULL,
+        PRIMARY KEY (node, digest)
+    ) WITHOUT ROWID""",
+    # `cid` (binary) is what people name the model by: the signed manifest's, or the bare one's.
+    """CREATE TABLE models (
+        id INTEGER PRIMARY KEY,
+        cid BLOB NOT NULL UNIQUE,
+        manifest BLOB NOT NULL,
+        name TEXT NOT NULL
+    )""",
+    "CREATE INDEX models_of_manifest ON models (manifest)",
+    # `node` is the digest of the part's node; `checked`: it is held, was decoded against this manifest's
+    # reference, and its links are stored.
+    """CREATE TABLE parts (
+        model INTEGER NOT NULL REFERENCES models(id) ON DELETE CASCADE,
+        kind TEXT NOT NULL,
+        number INTEGER NOT NULL,
+        node BLOB NOT NULL,
+        checked INTEGER NOT NULL DEFAULT 0,
+        pinned INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (model, kind, number)
+    ) WITHOUT ROWID""",
+    # Which files hold a model, by the file's number in its manifest; one number may have several.
+    """CREATE TABLE model_files (
+        model INTEGER NOT NULL REFERENCES models(id) ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        file INTEGER NOT NULL REFERENCES files(id) ON DELETE CASCADE,
+        PRIMARY KEY (model, number, file)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX models_of_file ON model_files (file)",
+)
+
+
+def prepare(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the index at `path` up to date. Raises `StoreError` for one made by a newer release.
+
+    The caller sees to it that no other process does the same at this moment.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise StoreError(
+            f"{path} was made by a newer release of omni (its version is {version}, ours {VERSION})",
+            remedy="Upgrade omni, or set OMNI_HOME to another directory.",
+        )
+    if version < VERSION:
+        _migrate(connection)
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    # sqlite_utils takes 0.1 s to import and an index that is up to date does not need it.
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations("omni")
+
+    @migrations(name="0001_first")  # type: ignore[untyped-decorator]  # sqlite_utils ships no types we read
+    def first(database: Database) -> None:
+        for statement in _FIRST:
+            database.execute(statement)
+
+    migrations.apply(Database(connection))
+    connection.execute(f"PRAGMA user_version = {VERSION}")
