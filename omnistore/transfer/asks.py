@@ -36,7 +36,7 @@ class Arrived:
     """The answer to one ask: bytes of the right length, not verified."""
 
     wanted: Wanted
-    data: bytes | bytearray | memoryview
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)

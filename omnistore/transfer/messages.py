@@ -86,7 +86,7 @@ class Deliver:
     """Server: answers one ask (`block` on the wire); the payload is unverified."""
 
     ask: int
-    data: bytes | bytearray | memoryview
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)

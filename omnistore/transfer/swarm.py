@@ -60,6 +60,8 @@ class SwarmLimits:
     redial_least: float = 1.0
     """Seconds before a peer that went away is dialled again; doubles up to `redial_most`."""
     redial_most: float = 30.0
+    dials: int = 4
+    """Dials without success after which a peer that never answered is no longer hoped for."""
 
 
 LIMITS: Final = SwarmLimits()
@@ -104,22 +106,25 @@ class Swarm:
     """The peers of one fetch. `run` it in a nursery, `add` candidates, `fetch` blocks."""
 
     def __init__(
-        self, network: Network, session: Session, limits: SwarmLimits = LIMITS, *, hopeless: bool = False
+        self, network: Network, session: Session, limits: SwarmLimits = LIMITS, *, finite: bool = False
     ) -> None:
-        """`hopeless`: no more candidates will come once those added are banned."""
+        """`finite`: no candidates will come beyond those added at the start."""
         self.session = session
         self.tally = Tally()
         self.progressed: Callable[[], None] = lambda: None
         """Called after blocks were verified."""
         self._network = network
         self._limits = limits
-        self._finite = hopeless
+        self._finite = finite
         self._links: dict[str, Link] = {}
         self._candidates: dict[str, Provider] = {}
         self._slots = trio.Semaphore(limits.links)
         self._threads = trio.CapacityLimiter(2)
-        channel = trio.open_memory_channel[tuple[str, Wanted, bytes | bytearray | memoryview]]
+        channel = trio.open_memory_channel[tuple[str, Wanted, bytes | memoryview]]
         self._received, self._to_verify = channel(limits.unverified)
+        self._joined: set[str] = set()
+        self._failures: dict[str, int] = {}
+        """Dials of peers that never joined."""
         self._sink: Sink | None = None
         self._finished = trio.Event()
         self._failure: OmniError | None = None
@@ -212,9 +217,11 @@ class Swarm:
                     link.alive = False
                     self._dispatch(e.BytesReceived(peer))
             self._dispatch(e.Tick())
-            banned = self.session.banned
-            if self._finite and self._candidates and all(peer in banned for peer in self._candidates):
+            if self._finite and all(self._hopeless(peer) for peer in self._candidates):
                 self._dispatch(e.SourcesExhausted())
+
+    def _hopeless(self, peer: str) -> bool:
+        return peer in self.session.banned or self._failures.get(peer, 0) >= self._limits.dials
 
     # --- links ------------------------------------------------------------------------------
 
@@ -228,6 +235,8 @@ class Swarm:
                     await self._join(provider)
                 except PeerUnreachable as error:
                     self.tally.unreachable[provider.peer] = error.message
+                    if provider.peer not in self._joined:
+                        self._failures[provider.peer] = self._failures.get(provider.peer, 0) + 1
                     _log.debug("peer %s: %s", provider.peer, error)
             if trio.current_time() - started > self._limits.redial_most:
                 pause = self._limits.redial_least
@@ -278,6 +287,7 @@ class Swarm:
                     if isinstance(answer, Hello):
                         hello = float("inf")
                         self._links[peer] = link
+                        self._joined.add(peer)
                         self.tally.unreachable.pop(peer, None)
                         self._dispatch(e.PeerJoined(peer, answer.asks, answer.queries))
                     else:
@@ -340,9 +350,7 @@ class Swarm:
             tally.peers.setdefault(peer, 0)
 
 
-def _keep_verified(
-    batch: Sequence[tuple[str, Wanted, bytes | bytearray | memoryview]], sink: Sink
-) -> set[CID]:
+def _keep_verified(batch: Sequence[tuple[str, Wanted, bytes | memoryview]], sink: Sink) -> set[CID]:
     """Give the blocks that match their CIDs to `sink`; the CIDs of the others."""
     good, refused = [], set()
     for _, wanted, data in batch:

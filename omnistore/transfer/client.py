@@ -1,0 +1,347 @@
+"""Fetching a model: from a CID to verified files.
+
+Walks signed manifest, manifest, part nodes and headers, each verified before the next is asked
+for; then opens the store's assembly and has the missing blocks written to it. What is held already
+is not asked for. Which peer sends which block is `session`'s to decide, streams are `swarm`'s.
+Implements spec/05-transfer, section "Fetching a model".
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import trio
+
+from omnistore.block import Block
+from omnistore.chunker import gguf
+from omnistore.chunker.layout import Placement, resolve_untrusted
+from omnistore.cid import CID
+from omnistore.errors import (
+    BadConfig,
+    IntegrityError,
+    LocalProtocolError,
+    MalformedManifest,
+    NetworkError,
+    OmniError,
+    StoreError,
+)
+from omnistore.keys import PublicKey
+from omnistore.manifest import (
+    HeaderPart,
+    Manifest,
+    Part,
+    PartKey,
+    PartRef,
+    SignedManifest,
+    manifest_untrusted,
+    open_untrusted,
+    part_untrusted,
+)
+from omnistore.net.interface import ContentRouting, Network, Provider
+from omnistore.store.interface import Assembly, Model, Store
+from omnistore.transfer.demand import Wanted
+from omnistore.transfer.events import WantsAdded
+from omnistore.transfer.session import LIMITS, Session, SessionLimits
+from omnistore.transfer.swarm import Swarm, Tally
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+NODE_ESTIMATE: Final = 64 << 10
+"""Bytes assumed of a node before it arrives; a layer of a 70B model takes 25 KiB."""
+MAX_HEADER_BYTES: Final = 512 << 20
+"""Header bytes of all files of one model, held in memory until its assembly is open."""
+DISCOVERY_SOON: Final = 3.0
+"""Seconds between look-ups while something wanted is held by nobody joined."""
+DISCOVERY_LATER: Final = 30.0
+"""Seconds between look-ups while all is well: newcomers make a fetch faster, not possible."""
+DISCOVERY_PARTS: Final = 4
+"""Parts looked up in one round, beside the model itself."""
+
+
+def every_part(manifest: Manifest) -> frozenset[PartKey]:
+    """Select the whole model."""
+    return frozenset(ref.key for ref in manifest.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """What to fetch, and from whom."""
+
+    select: Callable[[Manifest], Collection[PartKey]] = every_part
+    """Which parts; the headers are fetched in any case. May raise `InputError`."""
+    peers: Sequence[str] = ()
+    """Multiaddrs ending in `/p2p/…` to ask; discovery goes on beside them when there is a routing."""
+    output: Path | None = None
+    """As `Assembly.finish` takes it."""
+    limits: SessionLimits = LIMITS
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far a fetch is."""
+
+    model: str
+    done: int
+    """Bytes of the selected parts that are held."""
+    total: int
+    """Bytes of the selected parts; 0 until the part nodes are known."""
+    peers: int
+    """Joined now."""
+    bytes_fetched: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReport:
+    """What a fetch did."""
+
+    model: Model
+    paths: tuple[Path, ...]
+    bytes_fetched: int
+    """Verified payload of raw blocks; nodes not counted."""
+    blocks_fetched: int
+    blocks_local: int
+    """Distinct blocks that were held before."""
+    node_bytes: int
+    duplicate_bytes: int
+    peers: Mapping[str, int]
+    """Verified payload bytes by sender."""
+    dropped: Mapping[str, str]
+    """Peers dropped, and why."""
+    seconds: float
+
+
+async def fetch_model(
+    network: Network,
+    routing: ContentRouting | None,
+    store: Store,
+    cid: CID,
+    options: FetchOptions | None = None,
+    progress: Callable[[FetchProgress], None] = lambda progress: None,
+) -> FetchReport:
+    """Have the selected parts of the model `cid` in `store`, and its files if it is whole.
+
+    Raises `NoProviders`, `FetchTimedOut`, `TrustError`, `StoreError` or `InputError`. Interrupted at any
+    point, the next call asks only for what was not yet written.
+    """
+    options = options or FetchOptions()
+    session = Session(random.random, options.limits)
+    swarm = Swarm(network, session, finite=routing is None)
+    for addr in options.peers:
+        swarm.add(provider_at(addr))
+    fetch = _Fetch(swarm, store, cid, options, progress, names=[cid])
+    failure: OmniError | None = None
+    report: FetchReport | None = None
+    # A nursery would wrap what its body raises into a group: callers get the plain error instead.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(swarm.run)
+        if routing is not None:
+            nursery.start_soon(_discover, swarm, routing, fetch.names)
+        try:
+            report = await fetch.run()
+        except OmniError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if report is None:
+        raise failure or LocalProtocolError("a fetch ended without a result")
+    return report
+
+
+def provider_at(addr: str) -> Provider:
+    """The peer that a multiaddr ending in `/p2p/…` names. Raises `BadConfig`."""
+    where, found, peer = addr.rpartition("/p2p/")
+    if not found or not peer or "/" in peer:
+        raise BadConfig(
+            f"{addr!r} does not say which peer to expect there",
+            remedy="A peer's address ends in /p2p/ and its ID; `omni seed` prints it.",
+        )
+    # Nothing but the ID: a peer that is connected already.
+    return Provider(peer, (where,) if where else ())
+
+
+async def _discover(swarm: Swarm, routing: ContentRouting, names: Sequence[CID]) -> None:
+    """Look for newcomers: by the model's CIDs, and by the parts that nobody joined holds."""
+    while True:
+        lacking = swarm.session.unheld()
+        for cid in (*names, *lacking[:DISCOVERY_PARTS]):
+            try:
+                for provider in await routing.find_providers(cid):
+                    swarm.add(provider)
+            except NetworkError as error:
+                _log.info("looking for providers of %s: %s", cid, error)
+        await trio.sleep(DISCOVERY_SOON if lacking or not swarm.peers else DISCOVERY_LATER)
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """One fetch, step by step."""
+
+    swarm: Swarm
+    store: Store
+    cid: CID
+    options: FetchOptions
+    progress: Callable[[FetchProgress], None]
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(2))
+    names: list[CID] = field(default_factory=list)
+    """CIDs that the model's providers announce: the one asked for, then the manifest's."""
+
+    async def run(self) -> FetchReport:
+        """Fetch everything; the report."""
+        started = trio.current_time()
+        manifest, manifest_cid, publisher = await self._manifest()
+        if manifest_cid not in self.names:
+            self.names.append(manifest_cid)
+        chosen = set(self.options.select(manifest))
+        refs = [ref for ref in manifest.parts if ref.key in chosen or ref.key.kind == "header"]
+        parts = await self._parts(refs)
+        headers, blocks = await self._headers(manifest, parts)
+        placements = resolve_untrusted(manifest, parts, headers)
+        model = Model(self.cid, manifest_cid, manifest, publisher, parts)
+        assembly = await self._thread(partial(self.store.assemble, model, placements, list(parts)))
+        try:
+            await self._thread(partial(_write_held, assembly, blocks))
+            blocks.clear()
+            missing = await self._thread(assembly.missing)
+            await self._blocks(model, placements, missing, assembly)
+            paths = await self._thread(partial(assembly.finish, self.options.output))
+            local = assembly.local_blocks
+        finally:
+            assembly.close()
+        return self._report(model, tuple(paths), local, trio.current_time() - started)
+
+    def _report(self, model: Model, paths: tuple[Path, ...], local: int, seconds: float) -> FetchReport:
+        tally: Tally = self.swarm.tally
+        return FetchReport(
+            model=model,
+            paths=paths,
+            bytes_fetched=tally.bytes,
+            blocks_fetched=tally.blocks,
+            blocks_local=local,
+            node_bytes=tally.node_bytes,
+            duplicate_bytes=self.swarm.session.duplicate_bytes,
+            peers=dict(tally.peers),
+            dropped=dict(tally.dropped),
+            seconds=seconds,
+        )
+
+    # --- nodes ------------------------------------------------------------------------------
+
+    async def _manifest(self) -> tuple[Manifest, CID, PublicKey | None]:
+        root = (await self._nodes([self.cid]))[self.cid]
+        opened = open_untrusted(root)
+        if not isinstance(opened, SignedManifest):
+            return opened, self.cid, None
+        block = (await self._nodes([opened.manifest]))[opened.manifest]
+        return manifest_untrusted(block), opened.manifest, opened.publisher
+
+    async def _parts(self, refs: Sequence[PartRef]) -> dict[PartKey, Part]:
+        nodes = await self._nodes([ref.cid for ref in refs])
+        parts = {ref.key: part_untrusted(nodes[ref.cid], ref) for ref in refs}
+        # Ask every peer what it holds of everything now: the answers come in while headers are fetched.
+        await self.swarm.fetch([_want(ref.cid, parts[ref.key], frozenset()) for ref in refs], _nowhere)
+        return parts
+
+    async def _nodes(self, cids: Sequence[CID]) -> dict[CID, Block]:
+        """Nodes from the store, or from peers into the store."""
+        found = await self._thread(partial(_read_held, self.store, cids))
+        lacking = [Wanted(cid, NODE_ESTIMATE, exact=False) for cid in dict.fromkeys(cids) if cid not in found]
+        if lacking:
+
+            def keep(blocks: Sequence[Block]) -> None:
+                for block in blocks:
+                    self.store.put_node(block)
+                    found[block.cid] = block
+
+            await self.swarm.fetch([WantsAdded(None, tuple(lacking), (1 << len(lacking)) - 1)], keep)
+        return found
+
+    # --- headers ----------------------------------------------------------------------------
+
+    async def _headers(
+        self, manifest: Manifest, parts: Mapping[PartKey, Part]
+    ) -> tuple[list[gguf.GGUFHeader], dict[CID, Block]]:
+        """The headers of all files, and the blocks they were read from."""
+        by_file = sorted((p for p in parts.values() if isinstance(p, HeaderPart)), key=lambda p: p.key.index)
+        total = sum(part.header_size for part in by_file)
+        if total > MAX_HEADER_BYTES or any(p.header_size > gguf.LIMITS.header_bytes for p in by_file):
+            raise MalformedManifest(f"{manifest.name}: its headers take {total} bytes, more than any model's")
+        blocks = await self._thread(partial(_read_held, self.store, [c for p in by_file for c in p.blocks]))
+
+        def keep(arrived: Sequence[Block]) -> None:
+            blocks.update((block.cid, block) for block in arrived)
+
+        wants = []
+        for part in by_file:
+            ref = manifest.part(part.key)
+            lacking = frozenset(part.blocks) - blocks.keys()
+            if ref is not None and lacking:
+                wants.append(_want(ref.cid, part, lacking))
+        await self.swarm.fetch(wants, keep)
+        headers = []
+        for part, entry in zip(by_file, manifest.files, strict=True):
+            data = b"".join(blocks[cid].data for cid in part.blocks)
+            read = partial(gguf.read_header_untrusted, data, file_size=entry.size, name=entry.name)
+            headers.append(await self._thread(read))
+        return headers, blocks
+
+    # --- the rest ---------------------------------------------------------------------------
+
+    async def _blocks(
+        self, model: Model, placements: Sequence[Placement], missing: Sequence[Placement], assembly: Assembly
+    ) -> None:
+        lacking = {placement.cid for placement in missing}
+        refs = {ref.key: ref.cid for ref in model.manifest.parts}
+        wanted_parts = {placement.part for placement in missing}
+        total = sum(placement.size for placement in placements)
+        before = total - sum(placement.size for placement in missing) - self.swarm.tally.bytes
+
+        def tell() -> None:
+            fetched = self.swarm.tally.bytes
+            done = min(total, before + fetched)
+            self.progress(FetchProgress(model.manifest.name, done, total, self.swarm.peers, fetched))
+
+        tell()
+        self.swarm.progressed = tell
+        wants = [
+            _want(refs[key], model.parts[key], lacking) for key in sorted(wanted_parts, key=lambda k: k.rank)
+        ]
+        await self.swarm.fetch(wants, assembly.write)
+        tell()
+
+    async def _thread(self, work: Callable[[], _T]) -> _T:
+        result: _T = await trio.to_thread.run_sync(work, limiter=self.threads)
+        return result
+
+
+def _want(ref: CID, part: Part, lacking: Collection[CID]) -> WantsAdded:
+    """Want those blocks of `part` (whose node is `ref`) that are in `lacking`."""
+    links = part.links()
+    mask = sum(1 << index for index, (cid, _) in enumerate(links) if cid in lacking)
+    return WantsAdded(ref, tuple(Wanted(cid, size) for cid, size in links), mask)
+
+
+def _read_held(store: Store, cids: Sequence[CID]) -> dict[CID, Block]:
+    """Those of `cids` that can be read here."""
+    found = {}
+    for cid in store.held(cids):
+        try:
+            found[cid] = store.read(cid)
+        except (StoreError, IntegrityError) as error:
+            _log.warning("block %s is held but can not be read, fetching it: %s", cid, error)
+    return found
+
+
+def _write_held(assembly: Assembly, blocks: Mapping[CID, Block]) -> None:
+    """Write the header blocks that arrived before there was an assembly."""
+    lacking = dict.fromkeys(placement.cid for placement in assembly.missing())
+    assembly.write([blocks[cid] for cid in lacking if cid in blocks])
+
+
+def _nowhere(blocks: Sequence[Block]) -> None:
+    """The sink of a fetch that wants nothing."""
