@@ -1,0 +1,298 @@
+"""Lending compute: the server of `/omni/pipeline/1.0.0` (spec/06-pipeline, section "Lending").
+
+One `_Session` per stream: it answers what the coordinator asks, in order, and lets go of every slot
+when the stream ends, however it ends. A lender fetches by CID only the parts of the range it was asked for
+and believes nobody about them: what it computes with went through the store's digests. Nobody is served who
+was not allowed by name, or by `--allow any`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import trio
+
+from omninfer import frames
+from omninfer.engines import Engine, Stage, StageSpec, pick_engine
+from omninfer.engines.interface import WhichLogits
+from omninfer.link import FrameLink
+from omninfer.plan import ModelCosts
+from omninfer.profile import FOOTPRINT, free_memory, measure
+from omninfer.sources import Description, StoreTensorSource, describe_untrusted, header_parts, stage_parts
+from omninfer.threads import ComputeThread
+from omninfer.warm import Lease, Need, StageKey, WarmStages
+from omninfer.weights import Choose, NetworkWeights
+from omnistore.errors import (
+    BadConfig,
+    NetworkError,
+    OmniError,
+    PeerUnreachable,
+    PlanInfeasible,
+    ProtocolError,
+)
+from omnistore.net.interface import Provider, Stream
+from omnistore.store.interface import Store
+
+BEAT_SECONDS: Final = 1.0
+"""A lender at work says so this often: a coordinator can then tell slow from gone."""
+SILENCE_SECONDS: Final = 15.0
+"""A coordinator that takes no byte for this long is gone."""
+IDLE_SECONDS: Final = 1800.0
+"""A coordinator that asks nothing for this long is let go: it loads again when its person comes back."""
+MAX_SESSIONS: Final = 64
+"""Streams served at once; each holds at most one forward's activations (64 MiB) in memory."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LendOptions:
+    """What a machine lends, and to whom."""
+
+    memory: int | None = None
+    """Bytes; None for what is free when the service starts."""
+    allow: frozenset[str] | None = frozenset()
+    """Peer IDs; None for any peer."""
+
+
+class Lender:
+    """The stages, engines and permissions of one machine."""
+
+    def __init__(self, peer_id: str, store: Store, weights: NetworkWeights, options: LendOptions) -> None:
+        self.peer_id = peer_id
+        self.store = store
+        self.weights = weights
+        self.stages = WarmStages(free_memory() if options.memory is None else options.memory)
+        self._allow = options.allow
+        self._sessions = 0
+        self._speeds: dict[str, float] = {}
+        self._measuring = trio.Lock()
+
+    async def serve(self, stream: Stream) -> None:
+        """Run one inbound stream to its end."""
+        link = FrameLink(stream, "lender", silence=SILENCE_SECONDS)
+        self._sessions += 1
+        try:
+            await _Session(self, link).run()
+        finally:
+            self._sessions -= 1
+
+    def refusal(self, peer: str) -> frames.Refuse | None:
+        """Why this peer gets nothing, or None."""
+        if self._allow is not None and peer not in self._allow:
+            return frames.Refuse(
+                "not-allowed",
+                f"{self.peer_id} does not lend compute to {peer}",
+                f"Start it with: omni seed --compute --allow {peer}",
+            )
+        if self._sessions > MAX_SESSIONS:
+            return frames.Refuse("busy", f"{self.peer_id} serves {MAX_SESSIONS} others", "Try again later.")
+        return None
+
+    async def speed(self, engine: Engine) -> float:
+        """Measured once per engine, on the first question."""
+        async with self._measuring:
+            if engine.name not in self._speeds:
+                thread = ComputeThread("profile")
+                try:
+                    self._speeds[engine.name] = await thread.run(measure, engine)
+                finally:
+                    thread.close()
+            return self._speeds[engine.name]
+
+    async def expire(self) -> None:
+        """Let idle stages go, for as long as the service runs."""
+        try:
+            while True:
+                await trio.sleep(60)
+                self.stages.expire(trio.current_time())
+        finally:
+            self.stages.close()
+
+
+class _Session:
+    """One coordinator's stream."""
+
+    def __init__(self, lender: Lender, link: FrameLink) -> None:
+        self._lender = lender
+        self._link = link
+        self._lease: Lease | None = None
+        self._at_work: frames.Progress | None = None
+        """What a beat says; None while waiting for the coordinator."""
+
+    async def run(self) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._beat, nursery.cancel_scope)
+                await self._answer_all()
+                nursery.cancel_scope.cancel()
+        finally:
+            if self._lease is not None:
+                self._lender.stages.release(self._lease)
+            await self._link.aclose()
+
+    async def _beat(self, session: trio.CancelScope) -> None:
+        """Say now and then that we are still at work; end the session when nobody hears it."""
+        while True:
+            await trio.sleep(BEAT_SECONDS)
+            if self._at_work is not None:
+                try:
+                    await self._link.send(self._at_work)
+                except (PeerUnreachable, ProtocolError):
+                    session.cancel()
+
+    async def _answer_all(self) -> None:
+        peer = self._link.peer
+        try:
+            while True:
+                frame = await self._link.receive(silence=IDLE_SECONDS)
+                if frame is None or isinstance(frame, frames.Bye):
+                    return
+                await self._answer(frame)
+        except PeerUnreachable as error:
+            _log.info("coordinator %s: %s", peer, error)
+        except OmniError as error:
+            # A frame that breaks the protocol, or a forward that the engine refuses: the stream ends there.
+            _log.warning("coordinator %s: %s", peer, error)
+            await self._link.fail(error.message)
+
+    async def _answer(self, frame: frames.Frame) -> None:
+        match frame:
+            case frames.Ping(data):
+                await self._link.send(frames.Pong(data))
+            case frames.Ask(engine):
+                await self._working("compute", self._profile, engine)
+            case frames.Load():
+                await self._working("fetch", self._load, frame)
+            case frames.Forward():
+                await self._working("compute", self._forward, frame)
+            case frames.Trim(slot, length):
+                await self._slot_call(slot, lambda stage, own: stage.trim(own, length))
+            case frames.Drop(slot):
+                await self._slot_call(slot, lambda stage, own: stage.drop(own))
+            case _:
+                raise AssertionError(f"the conversation let {frame!r} through")
+
+    async def _working(self, phase: str, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        self._at_work = frames.Progress(phase, 0, 0)
+        try:
+            await work(*args)
+        finally:
+            self._at_work = None
+
+    async def _profile(self, name: str) -> None:
+        refusal = self._lender.refusal(self._link.peer)
+        if refusal is None:
+            try:
+                engine = pick_engine(name)
+                speed = await self._lender.speed(engine)
+            except OmniError as error:
+                refusal = _refuse("engine", error)
+        self._at_work = None
+        if refusal is not None:
+            await self._link.send(refusal)
+            return
+        memory = min(self._lender.stages.available, frames.LIMITS.number)
+        await self._link.send(frames.Profile(engine.name, memory, max(1, int(speed)), int(FOOTPRINT * 1000)))
+
+    async def _load(self, frame: frames.Load) -> None:
+        answer: frames.Frame | None = self._lender.refusal(self._link.peer)
+        if answer is None:
+            try:
+                answer = await self._load_untrusted(frame)
+            except OmniError as error:
+                _log.warning("layers %d-%d of %s: %s", frame.first, frame.last - 1, frame.model, error)
+                answer = _refuse(_refusal_code(error), error)
+        self._at_work = None
+        await self._link.send(answer)
+
+    async def _load_untrusted(self, frame: frames.Load) -> frames.Ready:
+        """Fetch and load. Raises any `OmniError`, which becomes a refusal."""
+        lender = self._lender
+        engine = pick_engine(frame.engine)
+        fetched = await self._fetch(frame, header_parts)
+        about = await trio.to_thread.run_sync(describe_untrusted, lender.store, frame.model)
+        spec = StageSpec(about.spec, frame.first, frame.last, embed=frame.embed, head=frame.head)
+        parts = stage_parts(about.model.manifest, spec)
+        fetched += await self._fetch(frame, lambda _: parts)
+        # The part nodes came with the parts: only now does the store know all of their tensors.
+        about = await trio.to_thread.run_sync(describe_untrusted, lender.store, frame.model)
+        source = StoreTensorSource(lender.store, about.model, parts)
+
+        async def load(thread: ComputeThread) -> Stage:
+            def progressed(done: int, total: int) -> None:
+                self._at_work = frames.Progress("load", done, total)
+
+            def begin() -> Stage:
+                return engine.load(
+                    spec, source, context=frame.context, slots=frames.LIMITS.slots, progress=progressed
+                )
+
+            return await thread.run(begin)
+
+        key = StageKey(
+            about.model.manifest_cid,
+            frame.first,
+            frame.last,
+            frame.embed,
+            frame.head,
+            engine.name,
+            frame.context,
+        )
+        need = needed(about, frame.first, frame.last, frame.context)
+        self._lease = await lender.stages.lease(key, frame.slots, need, load)
+        return frames.Ready(self._lease.stage.nbytes, fetched)
+
+    async def _fetch(self, frame: frames.Load, choose: Choose) -> int:
+        def progressed(done: int, total: int) -> None:
+            self._at_work = frames.Progress("fetch", done, total)
+
+        sources = [Provider(source.peer, source.addrs) for source in frame.sources]
+        return await self._lender.weights.fetch(frame.model, choose, sources, progressed)
+
+    async def _forward(self, frame: frames.Forward) -> None:
+        assert self._lease is not None  # the conversation: no forward before ready
+        lease = self._lease
+        if isinstance(frame.input, frames.Activations):
+            x: Any = frame.input.array()
+        else:
+            x = np.array(frame.input, dtype=np.int32)
+        logits: WhichLogits = "last" if frame.logits else "none"
+
+        def forward() -> frames.Activations:
+            out = lease.stage.forward(x, slot=lease.slots[frame.slot], position=frame.position, logits=logits)
+            return frames.Activations.of(out)
+
+        values = await lease.warm.thread.run(forward)
+        self._at_work = None
+        await self._link.send(frames.Output(frame.seq, values))
+
+    async def _slot_call(self, slot: int, call: Callable[[Stage, int], None]) -> None:
+        assert self._lease is not None  # the conversation: no slot before ready
+        await self._lease.warm.thread.run(call, self._lease.stage, self._lease.slots[slot])
+
+
+def needed(about: Description, first: int, last: int, context: int) -> Need:
+    """Memory of a stage, as the coordinator's planner reckons it."""
+    costs = ModelCosts.of(about.model.manifest, about.spec, context=context)
+    return Need(int(costs.weights(first, last) * FOOTPRINT), costs.kv * (last - first))
+
+
+def _refusal_code(error: OmniError) -> str:
+    match error:
+        case PlanInfeasible():
+            return "memory"
+        case BadConfig():
+            return "engine"
+        case NetworkError():
+            return "fetch"
+        case _:
+            return "model"
+
+
+def _refuse(code: str, error: OmniError) -> frames.Refuse:
+    return frames.Refuse(code, error.message, error.remedy or "")
