@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 2_000_000
+MAX_STEPS = 1_000_000
 """Turns of loops, weighed by what they hold: a long conversation takes some thousands."""
 MAX_CHARACTERS = 1 << 25
 """Of all strings made on the way, which is also the largest one possible."""
@@ -72,9 +72,13 @@ class Budget:
         self._characters = MAX_CHARACTERS
         self._longest = 0
 
+    def turns(self, count: int, weight: int) -> None:
+        """Pay for a body to run `count` times; dearer the larger the values about, as it may walk one."""
+        self.step(1 + count * weight * (1 + self._longest // 4096))
+
     def step(self, weight: int = 1) -> None:
-        """Pay for work; dearer the larger the values about, as each operation may walk one."""
-        self._steps -= weight * (1 + self._longest // 4096)
+        """Pay for one operation."""
+        self._steps -= weight
         if self._steps < 0:
             raise TemplateTooCostly(f"the template took more than {MAX_STEPS} steps")
 
@@ -85,8 +89,8 @@ class Budget:
             raise TemplateTooCostly(f"the template made more than {MAX_CHARACTERS} characters")
         self._longest = max(self._longest, count)
 
-    def check(self, *values: object) -> None:
-        """Pay for looking at values, and refuse those that are too large once written out."""
+    def check(self, *values: object, elements_a_step: int = 16) -> None:
+        """Pay for going through values, and refuse those that are too large once written out."""
         elements = length = 0
         waiting = list(values)
         while waiting:
@@ -109,7 +113,7 @@ class Budget:
             if elements + len(waiting) > MAX_STEPS or length > MAX_CHARACTERS:
                 raise TemplateTooCostly("the template made a value that is too large")
         self._longest = max(self._longest, 16 * elements)
-        self.step(1 + elements // 16)
+        self.step(1 + elements // elements_a_step)
 
 
 class _Metering(NodeTransformer):
@@ -203,7 +207,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     # What metered templates call
 
     def pay(self, weight: int) -> None:
-        self.budget.step(weight)
+        self.budget.turns(1, weight)
 
     def checked(self, value: Any) -> Any:
         """The value, paid for: a literal just built or an expression about to be printed."""
@@ -219,7 +223,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def walk(self, iterable: Iterable[Any], weight: int) -> Iterable[Any]:
         """What a loop goes over, with all its turns paid for."""
         items = iterable if isinstance(iterable, Sized) else list(iterable)
-        self.budget.step(1 + weight * len(items))
+        self.budget.turns(len(items), weight)
         return items
 
     def join_text(self, *parts: Any) -> str:
@@ -292,7 +296,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         # jinja2 marks filters that want the context, or this environment, as their first argument.
         @wraps(function)
         def metered(*args: Any, **kwargs: Any) -> Any:
-            self.budget.check(*(arg for arg in args if not isinstance(arg, Context)), *kwargs.values())
+            values = [arg for arg in args if not isinstance(arg, Context)]
+            self.budget.check(*values, *kwargs.values(), elements_a_step=4)  # a filter may well sort
             return self._checked_result(function(*args, **kwargs))
 
         return metered

@@ -23,7 +23,8 @@ def params(**changes: float) -> SamplingParams:
     "wrong",
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
-        {"temperature": "1"}, {"top_k": -1}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 1.01}, {"top_p": -0.1}, {"min_p": 2},
+        {"temperature": "1"}, {"top_k": -1}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 1.01},
+        {"top_p": -0.1}, {"min_p": 2},
         {"seed": -1}, {"seed": 1 << 64}, {"seed": None}, {"repeat_penalty": 0}, {"repeat_last_n": -1},
     ],
 )  # fmt: skip
