@@ -297,7 +297,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def metered(*args: Any, **kwargs: Any) -> Any:
             values = [arg for arg in args if not isinstance(arg, Context)]
-            self.budget.check(*values, *kwargs.values(), elements_a_step=4)  # a filter may well sort
+            self.budget.check(*values, *kwargs.values(), elements_a_step=2)  # a filter may well sort
             return self._checked_result(function(*args, **kwargs))
 
         return metered

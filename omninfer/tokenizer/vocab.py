@@ -111,7 +111,10 @@ class Facts:
         # One look at the kind first: numpy would copy an array of long strings at its widest.
         if not isinstance(value[0], int | float | np.number):
             raise MalformedGGUF(f"{key} holds something other than numbers")
-        return np.asarray(value[:count])
+        try:
+            return np.asarray(value[:count])
+        except ValueError:  # lists among the numbers
+            raise MalformedGGUF(f"{key} holds something other than numbers") from None
 
     def _array_untrusted(self, key: str, limit: int) -> Sequence[object] | None:
         value = self.metadata.get(key)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omninfer.chat import ChatTemplate
 from omninfer.testing.tiny_vocab import tiny_bpe, tiny_spm
 from omninfer.tokenizer import Tokenizer
 from omninfer.tokenizer.spm import SPACE
+from omnistore.errors import MalformedGGUF, UnsupportedModel
 
 TOKENIZERS = {
     "spm": Tokenizer.from_metadata_untrusted(tiny_spm()),
@@ -63,3 +66,35 @@ def test_merging_by_score_is_its_definition(words: list[str], text: str, ranks: 
     tokenizer = Tokenizer.from_metadata_untrusted(metadata | {"tokenizer.ggml.scores": scores})
     ids = tokenizer.encode(text, add_special=False, parse_special=False)
     assert [tokens[id_] for id_ in ids] == merged_slowly(list(text), dict(zip(tokens, scores, strict=True)))
+
+
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+values = st.one_of(
+    scalars, st.lists(scalars, max_size=3), st.lists(st.lists(scalars, max_size=2), max_size=2)
+)
+
+
+@pytest.mark.parametrize("metadata", [tiny_spm(), tiny_bpe()], ids=["spm", "bpe"])
+@given(data=st.data())
+def test_any_metadata_is_understood_or_refused(metadata: dict[str, object], data: st.DataObject) -> None:
+    keys = [
+        *metadata,
+        "tokenizer.ggml.add_bos_token",
+        "tokenizer.ggml.eot_token_id",
+        "tokenizer.chat_template",
+    ]
+    changed = metadata | data.draw(st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=3))
+    long = data.draw(st.sampled_from(keys))
+    if isinstance(metadata.get(long), list) and data.draw(st.booleans()):  # right in length, wrong in content
+        junk = data.draw(st.lists(scalars, min_size=1, max_size=4))
+        changed[long] = (junk * 1000)[: len(metadata[long])]  # type: ignore[arg-type]
+    try:
+        tokenizer = Tokenizer.from_metadata_untrusted(changed)
+    except (MalformedGGUF, UnsupportedModel):
+        pass
+    else:
+        ids = tokenizer.encode("the<|im_end|>", add_special=True, parse_special=True)
+        assert all(0 <= id_ < tokenizer.vocab_size for id_ in [*ids, *tokenizer.eog])
+        tokenizer.decode(range(tokenizer.vocab_size))
+    with suppress(MalformedGGUF, UnsupportedModel):
+        ChatTemplate.from_metadata_untrusted(changed)

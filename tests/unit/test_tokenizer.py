@@ -265,6 +265,7 @@ BAD_SPM: dict[str, tuple[dict[str, Any], str]] = {
     "few scores": ({"scores": [1.0]}, "1 elements"),
     "scores are strings": ({"scores": ["x"] * 2000}, "other than numbers"),
     "scores are lists": ({"scores": [[1.0]] * 2000}, "other than numbers"),
+    "scores hold a list": ({"scores": [1.0, [2.0]] * 1000}, "other than numbers"),
     "a score is no number": ({"scores": [0.0, float("nan")] * 1000}, "score of token 1"),
     "few kinds": ({"token_type": [1]}, "1 elements"),
     "kinds are floats": ({"token_type": [1.5] * 2000}, "other than integers"),
