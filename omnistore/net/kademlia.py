@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from libp2p.abc import INotifee
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.tools.anyio_service import background_trio_service
@@ -122,17 +123,23 @@ class KademliaNode:
             while await stream.receive_some(MAX_ANSWER):
                 pass
 
-    async def meet(self, peer: Any) -> None:
-        """Take a peer that connected into the routing table, once it said that it is a DHT server."""
+    async def meet(self, peer: str) -> bool:
+        """Take a peer that connected into the routing table, once it said that it is a DHT server.
+
+        Whether it is one.
+        """
         store = self.network.host.get_peerstore()
+        peer_id = ID.from_base58(peer)
         with trio.move_on_after(IDENTIFY_PATIENCE):
             # Identify runs in a task of the library's that tells nobody when it is done.
-            while str(peer) in self.network.peers() and not (known := _protocols(store, peer)):  # noqa: ASYNC110
+            while peer in self.network.peers() and not _protocols(store, peer_id):  # noqa: ASYNC110
                 await trio.sleep(0.02)
-            if str(peer) in self.network.peers() and PROTOCOL in known:
-                await self.dht.routing_table.add_peer(PeerInfo(peer, store.addrs(peer)))
-                for callback in self._callbacks:
-                    callback()
+        if peer not in self.network.peers() or PROTOCOL not in _protocols(store, peer_id):
+            return False
+        await self.dht.routing_table.add_peer(peer_id)
+        for callback in self._callbacks:
+            callback()
+        return True
 
     def _provider(self, peer: Any) -> Provider:
         info = self.dht.routing_table.get_peer_info(peer)
@@ -154,7 +161,7 @@ async def open_kademlia(network: Libp2pNetwork, *, server: bool) -> AsyncIterato
         swarm = host.get_network()
         swarm.register_notifee(watch)
         for peer in host.get_connected_peers():
-            nursery.start_soon(node.meet, peer)
+            nursery.start_soon(node.meet, str(peer))
         try:
             yield node
         finally:
@@ -171,7 +178,7 @@ class _Arrivals(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
 
     async def connected(self, network: Any, conn: Any) -> None:
         """A connection was made, by either side."""
-        self._nursery.start_soon(self._node.meet, conn.muxed_conn.peer_id)
+        self._nursery.start_soon(self._node.meet, str(conn.muxed_conn.peer_id))
 
     async def disconnected(self, network: Any, conn: Any) -> None:
         """Lookups find out for themselves."""

@@ -31,6 +31,7 @@ class Database:
         self._busy_timeout = busy_timeout
         self._idle: list[sqlite3.Connection] = []
         self._write_lock = threading.Lock()
+        self._watcher: sqlite3.Connection | None = None
         with self._translated():
             self._writer = self._connect()
             with _exclusive(path.with_name(path.name + ".lock")):
@@ -64,9 +65,18 @@ class Database:
                     self._writer.execute("ROLLBACK")
                 raise
 
+    def version(self) -> int:
+        """A number that changes whenever anybody commits: us, or another process."""
+        with self._translated():
+            # SQLite counts for each connection what all the others committed: this one never writes.
+            self._watcher = self._watcher or self._connect()
+            return int(self._watcher.execute("PRAGMA data_version").fetchone()[0])
+
     def close(self) -> None:
         """Close every connection."""
         with self._write_lock:
+            if self._watcher is not None:
+                self._watcher.close()
             while self._idle:
                 self._idle.pop().close()
             self._writer.close()

@@ -151,6 +151,10 @@ class FileStore:
         writer.pin(row, pins, True)
         return row
 
+    def version(self) -> int:
+        """A number that changes when this or another process changed the index; for one caller at a time."""
+        return self.database.version()
+
     def close(self) -> None:
         self.database.close()
 

@@ -1,0 +1,130 @@
+"""`omni seed`: run a node that serves what this home holds, until interrupted."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from omnistore.cli.home import config
+from omnistore.cli.output import Output, size, with_output
+from omnistore.errors import BadConfig
+
+if TYPE_CHECKING:
+    from omnistore.node import NodeEvent
+
+DEFAULT_PORT: Final = 4141
+"""TCP; unassigned by IANA, and none of the ports other IPFS programs use."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seed:
+    """What was asked for."""
+
+    listen: Sequence[str]
+    bootstrap: Sequence[str]
+    announce: Sequence[str]
+    compute: float | None
+    """Gigabytes lent; 0 for what is free; None for no compute."""
+    allow: Sequence[str]
+
+
+@click.command()
+@click.option(
+    "--listen", multiple=True, metavar="MADDR", help="Where to listen; default TCP port 4141 everywhere."
+)
+@click.option("--bootstrap", multiple=True, metavar="MADDR", help="A node to join the network through.")
+@click.option("--announce", multiple=True, metavar="MADDR", help="An address that others reach this node at.")
+@click.option(
+    "--compute", is_flag=False, flag_value=0.0, type=click.FloatRange(min=0), metavar="[=GB]",
+    help="Lend compute too, and as much memory (default: what is free).",
+)  # fmt: skip
+@click.option(
+    "--allow", multiple=True, metavar="PEER|any", help="Who may use the compute; nobody by default."
+)
+@with_output
+def seed(
+    output: Output,
+    listen: tuple[str, ...],
+    bootstrap: tuple[str, ...],
+    announce: tuple[str, ...],
+    compute: float | None,
+    allow: tuple[str, ...],
+) -> None:
+    """Serve what this home holds, and what is added to it meanwhile, until interrupted.
+
+    With --json, one event per line; the first is {"event": "ready", "peer_id": …, "addrs": […]}.
+    SIGINT and SIGTERM stop it in good order, with exit code 0.
+    """
+    if allow and compute is None:
+        raise BadConfig(
+            "--allow is about --compute, which was not given", remedy="Add --compute, or drop it."
+        )
+    # The network takes half a second to import: not for `omni seed --help`.
+    import trio
+
+    trio.run(_run, output, _Seed(listen or default_listen(), bootstrap, announce, compute, allow))
+
+
+def default_listen() -> tuple[str, ...]:
+    """Every interface, IPv6 where this machine has it."""
+    from omnistore.net.addresses import has_ipv6
+
+    everywhere = (f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}", f"/ip6/::/tcp/{DEFAULT_PORT}")
+    return everywhere if has_ipv6() else everywhere[:1]
+
+
+async def _run(output: Output, asked: _Seed) -> None:
+    import trio
+
+    from omnistore.node import NodeOptions, open_node
+
+    options = NodeOptions(
+        server=True,
+        listen=asked.listen,
+        bootstrap=asked.bootstrap,
+        announce=asked.announce,
+        on_event=lambda event: _report(output, event),
+    )
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with open_node(config(), options) as node:
+            if asked.compute is not None:
+                node.start_service(
+                    "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
+                )
+            addrs = list(node.network.addrs())
+            output.event("ready", peer_id=node.peer_id, addrs=addrs)
+            output.line(f"peer {node.peer_id}")
+            for addr in addrs:
+                output.line(f"listening on {addr}")
+            async for received in signals:
+                # A second one, while stopping, ends the process at once.
+                signal.signal(received, signal.SIG_DFL)
+                break
+    output.event("stopped")
+
+
+def _report(output: Output, event: NodeEvent) -> None:
+    """One event, for a program or for a person."""
+    from omnistore.node import Announced, Joined
+    from omnistore.transfer.server import Served, Unavailable
+
+    match event:
+        case Announced(cid, copies):
+            output.event("provided", cid=cid, copies=copies)
+        case Joined(addr, None):
+            output.event("joined", addr=addr)
+            output.note(f"joined the network through {addr}")
+        case Joined(addr, error):
+            output.event("not_joined", addr=addr, error=str(error))
+            output.note(f"can not reach {addr}; trying on: {error}")
+        case Served(peer, blocks, count, reason):
+            output.event("served", peer=peer, blocks=blocks, bytes=count, reason=reason)
+            if blocks:
+                output.note(f"sent {size(count)} in {blocks} blocks to {peer}")
+        case Unavailable(cid, error):
+            output.event("block_failed", cid=cid, error=error.message, remedy=error.remedy)
+            output.note(f"can not serve {cid}: {error.diagnosis()}")

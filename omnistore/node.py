@@ -1,0 +1,224 @@
+"""`Node`: the composition root, where store, network, DHT and transfer meet.
+
+`open_node` starts what a node is made of and stops it in reverse, however the block ends. A seed
+(`NodeOptions.server`) keeps DHT records for others, announces what its store holds, notices what
+other processes add to the same home, and stays connected to its bootstrap peers. A client does
+none of that, and is ready when one bootstrap peer answered. Decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import trio
+
+from omnistore.cid import CID
+from omnistore.config import Config, load_key
+from omnistore.dht.service import DHTService
+from omnistore.errors import BadConfig, PeerUnreachable
+from omnistore.keys import PrivateKey
+from omnistore.store.files import FileStore
+from omnistore.transfer.server import ServeEvent, serve_transfer
+
+if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
+    from omnistore.net.kademlia import KademliaNode
+    from omnistore.net.libp2p import Libp2pNetwork
+
+logger = logging.getLogger(__name__)
+
+SERVICES: Final = "omni.services"
+"""Entry point group of what other packages run inside a node, such as `compute`."""
+WATCH_EVERY: Final = 1.0
+"""Seconds between looks at the index for what other processes did; a look takes microseconds."""
+LOOK_EVERY: Final = 5.0
+"""Seconds between looks whether a bootstrap peer is still connected."""
+REJOIN_FIRST: Final = 1.0
+REJOIN_MOST: Final = 60.0
+"""Seconds between two tries to reach a bootstrap peer: doubling from the first to the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A CID was announced in the DHT."""
+
+    cid: CID
+    copies: int
+    """Peers confirmed to have the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A bootstrap peer was reached, or could not be."""
+
+    addr: str
+    error: PeerUnreachable | None = None
+
+
+NodeEvent: TypeAlias = Announced | Joined | ServeEvent
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What kind of node, and where."""
+
+    server: bool = False
+    """A seed, rather than a command that leaves when it is done."""
+    listen: Sequence[str] = ()
+    """Multiaddrs; a client needs none."""
+    bootstrap: Sequence[str] = ()
+    """Multiaddrs ending in `/p2p/…` of nodes to join the DHT through."""
+    announce: Sequence[str] = ()
+    """Multiaddrs to hand out first, as seen from outside."""
+    alone_ok: bool = False
+    """For a client: go on when no bootstrap peer answers."""
+    on_event: Callable[[NodeEvent], None] = lambda event: None
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A running node. Made by `open_node`."""
+
+    key: PrivateKey
+    store: FileStore
+    network: Libp2pNetwork
+    routing: DHTService
+    nursery: trio.Nursery
+    """Its tasks end with the node."""
+    options: NodeOptions
+    _index_version: int = field(default=-1)
+
+    @property
+    def peer_id(self) -> str:
+        """Our peer ID, base58."""
+        return self.network.peer_id
+
+    async def announce(self) -> None:
+        """Announce what the store holds now, and nothing else; needed only to be quicker than the watch."""
+        self.routing.hold(await trio.to_thread.run_sync(self.store.announced))
+
+    def start_service(self, name: str, options: Mapping[str, Any]) -> None:
+        """Run the service that another package offers under `name`, beside the node's own tasks.
+
+        Its signature is `async def service(node: Node, options: Mapping[str, Any]) -> None`.
+        Raises `BadConfig` when no such service is installed.
+        """
+        found = entry_points(group=SERVICES, name=name)
+        if not found:
+            raise BadConfig(f"no service {name!r} is installed in this environment")
+        service: Callable[[Node, Mapping[str, Any]], Awaitable[None]] = next(iter(found)).load()
+        self.nursery.start_soon(service, self, options, name=f"service {name}")
+
+    async def watch(self) -> None:
+        """Announce what this or another process adds to the home, and stop for what it drops."""
+        while True:
+            version = await trio.to_thread.run_sync(self.store.version)
+            if version != self._index_version:
+                self._index_version = version
+                await self.announce()
+            await trio.sleep(WATCH_EVERY)
+
+
+@asynccontextmanager
+async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]:
+    """Run a node of this home until the block ends.
+
+    Raises `BadConfig` for addresses, `StoreError` for the home, and, for a client, `PeerUnreachable`
+    when no bootstrap peer answers.
+    """
+    from omnistore.net.kademlia import open_kademlia
+    from omnistore.net.libp2p import NetworkOptions, open_network
+
+    key = load_key(config.home)
+    store = await trio.to_thread.run_sync(FileStore, config)
+    try:
+        async with (
+            open_network(key, options.listen, NetworkOptions(announce=tuple(options.announce))) as network,
+            open_kademlia(network, server=options.server) as kademlia,
+            trio.open_nursery() as nursery,
+        ):
+            routing = DHTService(
+                kademlia, on_provided=lambda cid, copies: options.on_event(Announced(cid, copies))
+            )
+            node = Node(key, store, network, routing, nursery, options)
+            await nursery.start(_serve, node)
+            if options.server:
+                nursery.start_soon(routing.run)
+                nursery.start_soon(node.watch)
+                for addr in options.bootstrap:
+                    nursery.start_soon(_stay_joined, node, kademlia, addr)
+            else:
+                await _join_once(node, kademlia)
+            yield node
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+async def _serve(node: Node, task_status: Any) -> None:
+    await serve_transfer(node.network, node.store, events=node.options.on_event, task_status=task_status)
+
+
+async def _join(node: Node, kademlia: KademliaNode, addr: str) -> None:
+    """Connect to a bootstrap peer and learn what it is."""
+    peer = await node.network.connect(addr)
+    if not await kademlia.meet(peer):
+        raise PeerUnreachable(
+            f"{addr} answers, but keeps no DHT records",
+            remedy="Bootstrap through a node that runs `omni seed`.",
+        )
+
+
+async def _stay_joined(node: Node, kademlia: KademliaNode, addr: str) -> None:
+    """Reach a bootstrap peer, and again whenever the connection is lost."""
+    wait = REJOIN_FIRST
+    peer = addr.rpartition("/")[2]
+    while True:
+        if peer in (node.peer_id, *node.network.peers()):
+            await trio.sleep(LOOK_EVERY)
+            continue
+        try:
+            await _join(node, kademlia, addr)
+        except PeerUnreachable as error:
+            node.options.on_event(Joined(addr, error))
+            await trio.sleep(wait)
+            wait = min(2 * wait, REJOIN_MOST)
+        else:
+            wait = REJOIN_FIRST
+            node.options.on_event(Joined(addr))
+
+
+async def _join_once(node: Node, kademlia: KademliaNode) -> None:
+    """Try every bootstrap peer at once; return when the first answered. Raises when none did."""
+    if not node.options.bootstrap:
+        return
+    send, receive = trio.open_memory_channel[PeerUnreachable | None](math.inf)
+
+    async def attempt(addr: str) -> None:
+        try:
+            await _join(node, kademlia, addr)
+        except PeerUnreachable as error:
+            node.options.on_event(Joined(addr, error))
+            send.send_nowait(error)
+        else:
+            node.options.on_event(Joined(addr))
+            send.send_nowait(None)
+
+    for addr in node.options.bootstrap:
+        node.nursery.start_soon(attempt, addr)
+    failures = []
+    for _ in node.options.bootstrap:
+        failure = await receive.receive()
+        if failure is None:
+            return
+        failures.append(failure)
+    if not node.options.alone_ok:
+        raise PeerUnreachable(
+            "no bootstrap peer answers: " + "; ".join(failure.message for failure in failures),
+            remedy="Check that it runs, and the address that `omni seed` printed there.",
+        )
