@@ -46,6 +46,7 @@ RANKS: dict[str, int] = {
     "omnistore.store": 2,
     "omnistore.transfer.client": 2,
     "omnistore.transfer.server": 2,
+    "omnistore.transfer.swarm": 2,
     "omnistore.node": 3,
     "omnistore.http": 4,
     "omnistore.cli": 5,

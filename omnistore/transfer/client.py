@@ -29,6 +29,7 @@ from omnistore.errors import (
     MalformedManifest,
     NetworkError,
     OmniError,
+    PeerUnreachable,
     StoreError,
 )
 from omnistore.keys import PublicKey
@@ -43,7 +44,7 @@ from omnistore.manifest import (
     open_untrusted,
     part_untrusted,
 )
-from omnistore.net.interface import ContentRouting, Network, Provider
+from omnistore.net.interface import ContentRouting, Network, Provider, Stream, StreamServer
 from omnistore.store.interface import Assembly, Model, Store
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
@@ -115,6 +116,24 @@ class FetchReport:
     dropped: Mapping[str, str]
     """Peers dropped, and why."""
     seconds: float
+
+
+class Offline:
+    """The network of a fetch that needs none: everything is held already."""
+
+    peer_id = ""
+
+    def addrs(self) -> Sequence[str]:
+        return ()
+
+    async def connect(self, addr: str) -> str:
+        raise PeerUnreachable(f"{addr}: there is no network")
+
+    async def open_stream(self, provider: Provider, protocol: str) -> Stream:
+        raise PeerUnreachable(f"{provider.peer}: there is no network")
+
+    def serve(self, protocol: str, server: StreamServer) -> None:
+        """Nobody will call."""
 
 
 async def fetch_model(
