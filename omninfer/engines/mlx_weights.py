@@ -19,6 +19,7 @@ product converts a slab of rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -34,8 +35,8 @@ Array = Any
 """mlx.core.array, which has no types that a strict check could use."""
 
 GROUP: Final = 32
-CONVERTED_WEIGHTS: Final = 4 << 20
-"""Weights converted to the activations' type at a time: 16 MB of float32."""
+CONVERTED_BYTES: Final = 16 << 20
+"""What a product may convert to the activations' type at a time."""
 
 
 class Matrix(Protocol):
@@ -54,17 +55,13 @@ class DenseMatrix:
     """Type in which products are computed: float32, or on a GPU float16 (bfloat16 for such weights)."""
 
     def product(self, x: Array) -> Array:
-        w = self.weights
-        if w.dtype == self.compute:
-            return (x.astype(self.compute) @ w.T).astype(mx.float32)
-        step = max(1, CONVERTED_WEIGHTS // w.shape[1])
-        parts = []
-        for start in range(0, w.shape[0], step):
-            part = x.astype(self.compute) @ w[start : start + step].astype(self.compute).T
-            if w.shape[0] > step:
-                mx.eval(part)  # else the conversions of all slabs would be in memory at once
-            parts.append(part)
-        return mx.concatenate(parts, axis=-1).astype(mx.float32)
+        x = x.astype(self.compute)
+        converted = 0 if self.weights.dtype == self.compute else self.weights.size * 4
+
+        def multiply(rows: slice) -> Array:
+            return (x @ self.weights[rows].astype(self.compute).T).astype(mx.float32)
+
+        return _by_slabs(self.weights.shape[0], converted, multiply)
 
     def rows(self, index: Array) -> Array:
         return self.weights[index].astype(mx.float32)
@@ -81,16 +78,17 @@ class QuantMatrix:
     compute: Any
 
     def product(self, x: Array) -> Array:
-        y = mx.quantized_matmul(
-            x.astype(self.compute),
-            self.codes,
-            self.scales,
-            self.biases,
-            transpose=True,
-            group_size=GROUP,
-            bits=self.bits,
-        )
-        return y.astype(mx.float32)
+        x = x.astype(self.compute)
+        converted = 0 if self.scales.dtype == self.compute else self.scales.size * 8
+
+        def multiply(rows: slice) -> Array:
+            codes, scales, biases = self.codes[rows], self.scales[rows], self.biases[rows]
+            y = mx.quantized_matmul(
+                x, codes, scales, biases, transpose=True, group_size=GROUP, bits=self.bits
+            )
+            return y.astype(mx.float32)
+
+        return _by_slabs(self.codes.shape[0], converted, multiply)
 
     def rows(self, index: Array) -> Array:
         scales, biases = self.scales[index].astype(mx.float32), self.biases[index].astype(mx.float32)
@@ -116,6 +114,22 @@ class HalvedQuantMatrix:
     @staticmethod
     def _first_halves(columns: int) -> Array:
         return mx.arange(columns) % GROUP < GROUP // 2
+
+
+def _by_slabs(rows: int, converted: int, multiply: Callable[[slice], Array]) -> Array:
+    """A product over all rows of a matrix, of which `converted` bytes have to be converted on the way.
+
+    MLX would convert the whole matrix before it multiplies; here it is a slab of rows at a time.
+    """
+    count = max(1, -(-converted // CONVERTED_BYTES))
+    if count == 1:
+        return multiply(slice(0, rows))
+    step = -(-rows // count)
+    parts = []
+    for start in range(0, rows, step):
+        parts.append(multiply(slice(start, start + step)))
+        mx.eval(parts[-1])  # else all slabs would be in memory at once
+    return mx.concatenate(parts, axis=-1)
 
 
 def load_vector(tensor: PackedTensor, source: TensorSource) -> Array:
