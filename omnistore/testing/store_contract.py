@@ -27,7 +27,7 @@ from omnistore.errors import (
 from omnistore.keys import PrivateKey
 from omnistore.manifest import Manifest, PartKey, SignedManifest
 from omnistore.store.interface import Assembly, Model, Store
-from omnistore.testing.tiny_gguf import MetadataValue, TinyGGUF, TinyTensor, pseudo_random, tiny_model
+from omnistore.testing.tiny_gguf import Metadata, TinyGGUF, TinyTensor, pseudo_random, tiny_model
 
 PUBLISHER = PrivateKey(bytes(range(32)))
 ABSENT = CID.of_digest(RAW, bytes(32))
@@ -89,7 +89,7 @@ def sample_of(paths: list[Path], key: PrivateKey = PUBLISHER) -> Sample:
 def repetitive() -> TinyGGUF:
     """A model with the same block at many places, and one of more than a MiB."""
     same = pseudo_random("same", 4096)
-    metadata: dict[str | bytes, MetadataValue] = {"general.architecture": "llama", "llama.block_count": 3}
+    metadata: Metadata = {"general.architecture": "llama", "llama.block_count": 3}
     tensors = [TinyTensor(f"blk.{n}.attn_q.weight", "F32", (32, 32), same) for n in range(3)]
     large = TinyTensor("token_embd.weight", "F32", (512, 1200), pseudo_random("large", 512 * 1200 * 4))
     return TinyGGUF([large, *tensors], metadata)
@@ -266,7 +266,7 @@ class StoreContract:
         fill(store, made)
         other = tiny_model(layers=3)
         assert isinstance(other.metadata, Mapping)
-        metadata: dict[str | bytes, MetadataValue] = {**other.metadata, "general.name": "another"}
+        metadata: Metadata = [*other.metadata.items(), ("general.note", "another")]
         derived = sample(tmp_path, TinyGGUF(other.tensors, metadata), "derived.gguf")
         assembly = begin(store, derived)
         assert {place.part.kind for place in assembly.missing()} == {"header"}
