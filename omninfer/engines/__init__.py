@@ -53,7 +53,17 @@ def get_engine(name: str) -> Engine:
 
 
 def pick_engine(name: str = "auto") -> Engine:
-    """The engine to use: `name`, or for "auto" mlx where a GPU answers and numpy elsewhere."""
+    """The engine to use: `name`, or for "auto" mlx where a GPU answers and numpy elsewhere.
+
+    Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS. Tokens a second, both
+    engines in one run on two busy cores:
+
+        shape of a 1.1B model       prefill 16       decode
+                                  numpy    mlx    numpy    mlx
+        Q4_K, 590 MB                8.7    1.2      1.4    2.0
+        Q8_0, 1.1 GB               12.3    1.2      2.4    2.0
+        F32, 1.2 MB (260K)                          2300   560
+    """
     if name != "auto":
         return get_engine(name)
     try:

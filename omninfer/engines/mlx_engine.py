@@ -17,7 +17,16 @@ import numpy as np
 
 from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
 from omninfer.engines.checks import StageLimits, check_tensors
-from omninfer.engines.interface import Hidden, Logits, Progress, StageSpec, TensorSource, Tokens, WhichLogits
+from omninfer.engines.interface import (
+    Engine,
+    Hidden,
+    Logits,
+    Progress,
+    StageSpec,
+    TensorSource,
+    Tokens,
+    WhichLogits,
+)
 from omninfer.engines.mlx_weights import Array, Matrix, load_matrix, load_vector
 from omnistore.errors import LocalProtocolError
 
@@ -251,5 +260,5 @@ class MlxEngine:
         return MlxStage(limits, compute, matrices, vectors, total)
 
 
-def engine() -> MlxEngine:
+def engine() -> Engine:
     return MlxEngine()

@@ -17,15 +17,24 @@ import numpy as np
 from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
 from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.engines.checks import PackedTensor, StageLimits, check_tensors
-from omninfer.engines.interface import Hidden, Logits, Progress, StageSpec, TensorSource, Tokens, WhichLogits
+from omninfer.engines.interface import (
+    Engine,
+    Hidden,
+    Logits,
+    Progress,
+    StageSpec,
+    TensorSource,
+    Tokens,
+    WhichLogits,
+)
 from omninfer.engines.packing import F32, Bytes, decode
 from omnistore.errors import LocalProtocolError
 
 DECODED_LIMIT: Final = 128 << 20
 """A stage whose matrices take no more than this in float32 is decoded at load. Within what the engines'
 memory rule (1.3 x packed + 300 MB) leaves beside the interpreter and the caches."""
-SLAB_WEIGHTS: Final = 1 << 20
-"""Weights decoded at a time in a product: 4 MB of float32 stay in the processor's cache."""
+SLAB_WEIGHTS: Final = 1 << 18
+"""Weights decoded at a time in a product: 1 MB of float32 stays in a core's cache."""
 MAX_THREADS: Final = min(8, os.cpu_count() or 1)
 """Beyond these the memory's bandwidth is the limit."""
 CACHE_STEP: Final = 256
@@ -310,5 +319,5 @@ def _packed(tensor: PackedTensor, source: TensorSource, threads: ThreadPoolExecu
     return PackedMatrix(tensor.kind, packed, tensor.columns, threads)
 
 
-def engine() -> NumpyEngine:
+def engine() -> Engine:
     return NumpyEngine()

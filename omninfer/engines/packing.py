@@ -55,7 +55,11 @@ def _f16(raw: Bytes) -> F32:
 
 def _nibbles(raw: Bytes) -> Bytes:
     """[..., n] bytes → [..., 2n] codes: all low nibbles, then all high ones."""
-    return np.concatenate((raw & _LOW, raw >> _4), axis=-1)
+    count = raw.shape[-1]
+    codes = np.empty((*raw.shape[:-1], 2 * count), dtype=np.uint8)
+    np.bitwise_and(raw, _LOW, out=codes[..., :count])
+    np.right_shift(raw, _4, out=codes[..., count:])
+    return codes
 
 
 def _fifth_bits(raw: Bytes) -> Bytes:
@@ -179,9 +183,12 @@ def decode(kind: str, rows: Bytes) -> F32:
     if kind == "BF16":  # the upper half of a float32
         return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
     groups = unpack(kind, rows)
-    weights = groups.codes.astype(np.float32).reshape(*groups.scales.shape, groups.group)
+    # Around zero before they become floats: every type's codes fit into a signed byte then, and the
+    # subtraction may wrap.
+    signed = groups.codes.view(np.int8)
     if groups.zero:
-        weights -= np.float32(groups.zero)
+        signed = (groups.codes - np.uint8(groups.zero)).view(np.int8)
+    weights = signed.astype(np.float32).reshape(*groups.scales.shape, groups.group)
     weights *= groups.scales[..., None]
     if groups.minimums is not None:
         weights -= groups.minimums[..., None]

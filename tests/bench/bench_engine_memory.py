@@ -135,7 +135,7 @@ def main() -> int:
             worst = max(worst, ratio)
             print(
                 f"{options.engine:5} {name:9}  packed {packed:4.0f} MB  peak {peak:4.0f} MB"
-                f"  of its limit {ratio:.2f}  (idle {idle:.0f} MB; the rest {(peak - idle) / packed:.2f} of packed;"
+                f"  of its limit {ratio:.2f}  (idle {idle:.0f} MB, else {(peak - idle) / packed:.2f} packed,"
                 f" load {result['load_s']:.1f} s, {PROMPT + 1} tokens {result['run_s']:.1f} s)",
                 flush=True,
             )
