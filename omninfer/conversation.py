@@ -54,7 +54,7 @@ TABLE: Final[Mapping[str, Mapping[State, State]]] = {
     # from the lender
     "profile": {_A: _I},
     "refuse": {_A: _I, _L: _I},
-    "progress": {_A: _A, _L: _L, _R: _R},
+    "progress": {_I: _I, _A: _A, _L: _L, _R: _R},  # idle: a beat that an answer overtook
     "ready": {_L: _R},
     "output": {_R: _R},
     "pong": {_I: _I, _A: _A, _L: _L, _R: _R},
@@ -73,7 +73,8 @@ class Conversation:
         """What was asked to be loaded last."""
         self._unanswered: deque[Forward] = deque()
         self._pings: deque[int] = deque()
-        self._next_seq = 0
+        self.next_seq = 0
+        """Number of the next forward."""
 
     def sending(self, frame: Frame) -> None:
         """Take note of a frame of ours. Raises `LocalProtocolError`."""
@@ -121,15 +122,15 @@ class Conversation:
 
     def _forward(self, frame: Forward, fault: type[ProtocolError]) -> None:
         load = self._slot(frame.slot, fault)
-        if frame.seq != self._next_seq:
-            raise fault(f"forward {frame.seq} where {self._next_seq} is next")
+        if frame.seq != self.next_seq:
+            raise fault(f"forward {frame.seq} where {self.next_seq} is next")
         if len(self._unanswered) == LIMITS.forwards:
             raise fault(f"more than {LIMITS.forwards} forwards unanswered")
         if isinstance(frame.input, Activations) == load.embed:
             raise fault("a stage takes tokens if it has the embedding, hidden states if not")
         if frame.position + frame.rows > load.context:
             raise fault(f"position {frame.position} + {frame.rows} is beyond a context of {load.context}")
-        self._next_seq += 1
+        self.next_seq += 1
         self._unanswered.append(frame)
 
     def _output(self, frame: Output, fault: type[ProtocolError]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.arch import MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB
+from omnistore import dagcbor
+from omnistore.block import Block
 from omnistore.cid import CID
 
 PROTOCOL: Final = "/omni/pipeline/1.0.0"
@@ -51,6 +53,9 @@ class Limits:
 
 
 LIMITS: Final = Limits()
+
+LENDERS: Final = Block.node(dagcbor.encode({"omni": "compute"})).cid
+"""What lenders announce in the DHT, so that coordinators find them."""
 
 PHASES: Final = frozenset({"fetch", "load", "compute"})
 REFUSALS: Final = frozenset({"not-allowed", "memory", "engine", "model", "fetch", "busy"})

@@ -43,9 +43,10 @@ class FrameLink:
                 raise PeerUnreachable(f"the stream to {self.peer} broke")
             self.conversation.sending(frame)
             data = encode(frame)
-            # Until all is sent the stream ends in the middle of a frame: no other may follow then.
+            # Whoever interrupts a sender must not leave half a frame behind: no other could follow it.
             self._broken = True
             with trio.move_on_after(self._silence) as limit:
+                limit.shield = True
                 await self._stream.send_all(data)
                 self._broken = False
             if limit.cancelled_caught:

@@ -9,9 +9,9 @@ was not allowed by name, or by `--allow any`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import trio
@@ -34,8 +34,11 @@ from omnistore.errors import (
     PlanInfeasible,
     ProtocolError,
 )
-from omnistore.net.interface import Provider, Stream
+from omnistore.net.interface import ContentRouting, Provider, Stream
 from omnistore.store.interface import Store
+
+if TYPE_CHECKING:
+    from omnistore.node import Node
 
 BEAT_SECONDS: Final = 1.0
 """A lender at work says so this often: a coordinator can then tell slow from gone."""
@@ -45,6 +48,10 @@ IDLE_SECONDS: Final = 1800.0
 """A coordinator that asks nothing for this long is let go: it loads again when its person comes back."""
 MAX_SESSIONS: Final = 64
 """Streams served at once; each holds at most one forward's activations (64 MiB) in memory."""
+
+ANNOUNCE_SECONDS: Final = 6 * 3600.0
+"""Providers expire after two days elsewhere; a machine that was switched off should be forgotten sooner."""
+UNCONFIRMED_SECONDS: Final = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -296,3 +303,28 @@ def _refusal_code(error: OmniError) -> str:
 
 def _refuse(code: str, error: OmniError) -> frames.Refuse:
     return frames.Refuse(code, error.message, error.remedy or "")
+
+
+async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
+    """Lend compute beside a node's other services, until it stops.
+
+    Options: `memory` (bytes; None for what is free now) and `allow` (peer IDs; `any` among them lets
+    everybody in; none lets nobody in).
+    """
+    allow = frozenset(options.get("allow") or ())
+    lend = LendOptions(options.get("memory"), None if "any" in allow else allow)
+    if not allow:
+        _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
+    lender = Lender(node.peer_id, node.store, NetworkWeights(node.network, node.routing, node.store), lend)
+    node.network.serve(frames.PROTOCOL, lender.serve)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lender.expire)
+        if allow:
+            nursery.start_soon(_announce, node.routing)
+
+
+async def _announce(routing: ContentRouting) -> None:
+    """Say in the DHT that there is compute to lend; what was not confirmed is said again soon."""
+    while True:
+        copies = await routing.provide(frames.LENDERS)
+        await trio.sleep(ANNOUNCE_SECONDS if copies else UNCONFIRMED_SECONDS)

@@ -22,6 +22,7 @@ class ComputeThread:
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._closed = False
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
         """`work(*args)` in the thread; raises what it raises."""
@@ -39,9 +40,11 @@ class ComputeThread:
         return future.result()
 
     def submit(self, work: Callable[..., object], *args: Any) -> None:
-        """Run `work(*args)` after everything asked so far; nobody waits for it."""
-        self._pool.submit(work, *args)
+        """Run `work(*args)` after everything asked so far; nobody waits for it. Nothing once closed."""
+        if not self._closed:
+            self._pool.submit(work, *args)
 
     def close(self) -> None:
         """No further calls; what was asked for still runs."""
+        self._closed = True
         self._pool.shutdown(wait=False)

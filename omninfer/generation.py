@@ -1,0 +1,121 @@
+"""From a prompt's tokens to text: sample, keep the history, stream what can be shown.
+
+The history and the sampler live here, on the coordinator, and nowhere else. A lost stage therefore costs
+a new plan and feeding the history again, never the answer: no token is sampled twice, and the next one is
+drawn from the same state as without the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from omninfer.sampling import Sampler, SamplingParams, StopMatcher
+from omninfer.tokenizer import Tokenizer
+from omnistore.errors import InputError
+
+Finish = Literal["eos", "stop", "length", "interrupted"]
+Shown = Callable[[str, int], None]
+"""Called with each piece of text that may be shown, and the token that completed it."""
+MAX_TOKENS: Final = 1 << 20
+
+
+class LogitsSource(Protocol):
+    """What answers logits: `omninfer.coordinator.Coordinator`, whatever happens to its lenders."""
+
+    @property
+    def context(self) -> int: ...
+
+    async def logits(self, history: Sequence[int]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """When to stop, and how to choose."""
+
+    max_tokens: int = 256
+    stops: tuple[str, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_tokens <= MAX_TOKENS:
+            raise InputError(f"max-tokens is {self.max_tokens}, outside 0 to {MAX_TOKENS}")
+
+
+@dataclass(slots=True)
+class Generation:
+    """What came of one prompt; filled in as it goes, so that an interruption leaves what there was."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int]
+    text: str
+    finish: Finish
+    prompt_seconds: float = 0.0
+    """To the first token."""
+    seconds: float = 0.0
+    """From the first token to the last."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the first token comes with the prompt."""
+        return (len(self.tokens) - 1) / self.seconds if self.seconds > 0 and len(self.tokens) > 1 else 0.0
+
+
+async def generate(
+    source: LogitsSource,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    params: GenerationParams,
+    shown: Shown,
+    generation: Generation | None = None,
+) -> Generation:
+    """Continue `prompt`. Text is passed to `shown` as soon as no stop string can begin in it.
+
+    The tokens that end a turn (EOS and its like) end the generation and are not part of it.
+    `generation`, when given, is filled instead of a new one. Raises `InferenceError`, `InputError`.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty, and the model has no token to begin with")
+    result = generation or new_generation(prompt)
+    sampler, stream, matcher = Sampler(params.sampling), tokenizer.stream(), StopMatcher(params.stops)
+    history = list(prompt)
+    started = trio.current_time()
+
+    def show(text: str, token: int) -> None:
+        if text:
+            result.text += text
+            shown(text, token)
+
+    while True:
+        if len(result.tokens) >= params.max_tokens or len(history) > source.context:
+            result.finish = "length"
+            break
+        token = sampler.sample(await source.logits(history), history)
+        now = trio.current_time()
+        if not result.tokens:
+            result.prompt_seconds, started = now - started, now
+        result.seconds = now - started
+        if token in tokenizer.eog:
+            result.finish = "eos"
+            break
+        history.append(token)
+        result.tokens.append(token)
+        text, stopped = matcher.push(stream.push(token))
+        show(text, token)
+        if stopped:
+            result.finish = "stop"
+            return result
+    # What was held back for a stop that never came, or for bytes that never became a character.
+    text, stopped = matcher.push(stream.flush())
+    show(text if stopped else text + matcher.flush(), history[-1])
+    return result
+
+
+def new_generation(prompt: Sequence[int]) -> Generation:
+    """One that was interrupted before it began."""
+    return Generation(tuple(prompt), [], "", "interrupted")
