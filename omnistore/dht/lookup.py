@@ -37,12 +37,14 @@ class Lookup:
     def learn(self, peers: Iterable[Provider]) -> None:
         """Add candidates. Raises `RemoteProtocolError` for a peer ID that is none."""
         for peer in peers:
-            if peer.peer == self.us or (peer.peer not in self._known and len(self._known) >= MAX_KNOWN):
+            if peer.peer == self.us:
                 continue
             if peer.peer not in self._known or not self._known[peer.peer].addrs:
                 self._known[peer.peer] = peer
             if peer.peer not in self._distance:
                 self._distance[peer.peer] = distance(self.key, peer_id_bytes_untrusted(peer.peer))
+            if len(self._known) > MAX_KNOWN:
+                self._forget_farthest()
 
     def next_peers(self) -> Sequence[Provider]:
         """Whom to ask now; they count as asked from here on."""
@@ -69,6 +71,12 @@ class Lookup:
         """The closest peers that answered, closest first."""
         order = sorted(self._answered, key=self._distance.__getitem__)
         return [self._known[peer] for peer in order[:WIDTH]]
+
+    def _forget_farthest(self) -> None:
+        """Halve what was never asked."""
+        unasked = sorted(self._known.keys() - self._asked, key=self._distance.__getitem__)
+        for peer in unasked[len(unasked) // 2 :]:
+            del self._known[peer], self._distance[peer]
 
     def _frontier(self) -> list[str]:
         """The closest peers known that have not failed."""
