@@ -89,7 +89,7 @@ def sample_of(paths: list[Path], key: PrivateKey = PUBLISHER) -> Sample:
 def repetitive() -> TinyGGUF:
     """A model with the same block at many places, and one of more than a MiB."""
     same = pseudo_random("same", 4096)
-    metadata: Metadata = {"general.architecture": "llama", "llama.block_count": 3}
+    metadata: Metadata = [("general.architecture", "llama"), ("llama.block_count", 3)]
     tensors = [TinyTensor(f"blk.{n}.attn_q.weight", "F32", (32, 32), same) for n in range(3)]
     large = TinyTensor("token_embd.weight", "F32", (512, 1200), pseudo_random("large", 512 * 1200 * 4))
     return TinyGGUF([large, *tensors], metadata)
