@@ -13,7 +13,7 @@ from typing import Final
 from omnistore.errors import InputError
 from omnistore.manifest import Manifest, PartKey
 
-_RANGE: Final = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RANGE: Final = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _ALWAYS: Final = ("header", "shared")
 _LANGUAGE: Final = "Give layers such as 0-15, single numbers, embed, head, or all, separated by commas."
 

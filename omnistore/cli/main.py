@@ -39,6 +39,8 @@ _OWN: Final = MappingProxyType(
 )
 """Subcommand to its line in `omni --help`; each lives in `omnistore.cli.<name>` under its own name."""
 
+_COMPLETION: Final = "_OMNI_COMPLETE"
+"""Set by the shell when it asks for completions."""
 _ENTRY_POINTS: Final = "omni.commands"
 _BUG: Final = 1
 _INTERRUPTED: Final = 130
@@ -129,10 +131,14 @@ def main(args: Sequence[str] | None = None) -> int:
     # Asked of the words, not of click: a command line that click refuses has no parsed options.
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
-        code = omni.main(argv, prog_name="omni", standalone_mode=False)
+        if _COMPLETION in os.environ:
+            omni.main(argv, prog_name="omni", complete_var=_COMPLETION)
+        # Not click's own `main`: that swallows interrupts and broken pipes in ways of its own.
+        with omni.make_context("omni", argv) as context:
+            omni.invoke(context)
         # A pipe that broke shows itself only when the last bytes leave.
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
     except BaseException as error:  # noqa: BLE001  the one place where every error becomes an exit code
         return _report(error, as_json)
 
@@ -151,6 +157,9 @@ def _report(error: BaseException, as_json: bool) -> int:
             return leaf.code if isinstance(leaf.code, int) else _BUG
         if isinstance(leaf, click.exceptions.Exit):
             return leaf.exit_code
+        if isinstance(leaf, click.exceptions.NoArgsIsHelpError):
+            click.echo(leaf.format_message(), err=True)
+            return errors.InputError.exit_code
         if isinstance(leaf, click.ClickException):
             _say(type(leaf).__name__, leaf.format_message(), _usage(leaf), as_json)
             return errors.InputError.exit_code
