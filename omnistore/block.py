@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Final
 
 from blake3 import blake3
@@ -24,10 +24,10 @@ class Block:
 
     cid: CID
     data: bytes | memoryview
-    _proof: object = field(repr=False, compare=False)
+    _proof: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._proof is not _seal:
+    def __post_init__(self, _proof: object) -> None:
+        if _proof is not _seal:
             raise TypeError("a Block is made by Block.raw, Block.node or Block.verify_untrusted")
 
     @classmethod

@@ -18,8 +18,13 @@ from omnistore.errors import LocalProtocolError, MalformedCID, OmniError, Remote
 Value: TypeAlias = "bool | int | str | bytes | CID | Sequence[Value] | Mapping[str, Value] | None"
 
 MAX_DEPTH: Final = 16
-"""Deepest nesting accepted: our deepest node has 5 levels."""
+"""Deepest nesting accepted, lists, maps and links counted: our deepest node has 5 levels."""
+MAX_ITEMS: Final = 1 << 18
+"""Most values in one item, keys not counted. A node of 2 MiB that says something has fewer; 2 MiB of
+empty maps would cost seconds and half a gigabyte."""
 LINK_TAG: Final = 42
+_SHOWN: Final = 200
+"""Characters of a fault that are repeated in a message: it may quote the input."""
 
 # Every tag cbor2 would otherwise interpret by itself; a big float (5) alone can eat all memory.
 _BUILT_IN_TAGS: Final = (
@@ -52,7 +57,7 @@ def _link(tag: Any, _immutable: bool) -> CID:
 def encode(value: Value) -> bytes:
     """Encode `value` canonically. Raises `LocalProtocolError` for a type outside the data model."""
     try:
-        return cbor2.dumps(_prepare(value, MAX_DEPTH), canonical=True)
+        return cbor2.dumps(_Preparation().prepare(value, MAX_DEPTH), canonical=True)
     except (cbor2.CBOREncodeError, _Refused, UnicodeError) as error:
         raise LocalProtocolError(f"can not encode as dag-cbor: {error}") from None
 
@@ -76,32 +81,43 @@ def decode_untrusted(
             allow_duplicate_keys=False,
             strict_hashable_types=True,
         )
-        again = cbor2.dumps(_prepare(value, MAX_DEPTH), canonical=True)
+        again = cbor2.dumps(_Preparation().prepare(value, MAX_DEPTH), canonical=True)
     except (cbor2.CBORError, _Refused, ValueError, TypeError, OverflowError, RecursionError) as fault:
         reason = fault.__cause__ if isinstance(fault.__cause__, _Refused) else fault
-        raise error(f"{what} is not valid dag-cbor: {reason!s}") from None
+        raise error(f"{what} is not valid dag-cbor: {str(reason)[:_SHOWN]}") from None
     if again != data:
         raise error(f"{what} is not canonical dag-cbor (or has trailing bytes)")
     return value
 
 
-def _prepare(value: Value, depth: int) -> Any:
-    """Check `value` against the data model and turn links into tags, for cbor2 to encode."""
-    if depth < 0:
-        raise _Refused(f"nesting deeper than {MAX_DEPTH}")
-    kind = type(value)
-    if kind is CID:
-        return cbor2.CBORTag(LINK_TAG, b"\x00" + value.binary)  # type: ignore[union-attr]
-    if kind is int:
-        if not -(1 << 63) <= value < 1 << 64:  # type: ignore[operator]
-            raise _Refused("an integer outside 64 bits")
-        return value
-    if value is None or kind in (bool, str, bytes):
-        return value
-    if kind in (list, tuple):
-        return [_prepare(item, depth - 1) for item in value]  # type: ignore[union-attr]
-    if kind is dict:
-        if not all(type(key) is str for key in value):  # type: ignore[union-attr]
-            raise _Refused("a map key that is not text")
-        return {key: _prepare(item, depth - 1) for key, item in value.items()}  # type: ignore[union-attr]
-    raise _Refused(f"a value of type {kind.__name__}")
+class _Preparation:
+    """Checks one value against the data model and turns its links into tags, for cbor2 to encode."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        self._left = MAX_ITEMS
+
+    def prepare(self, value: Value, depth: int) -> Any:
+        """`value` as cbor2 takes it; it may hold `depth` more levels."""
+        self._left -= 1
+        if self._left < 0:
+            raise _Refused(f"more than {MAX_ITEMS} values")
+        kind = type(value)
+        if kind is int:
+            if not -(1 << 63) <= value < 1 << 64:  # type: ignore[operator]
+                raise _Refused("an integer outside 64 bits")
+            return value
+        if value is None or kind in (bool, str, bytes):
+            return value
+        if depth < 1:
+            raise _Refused(f"nesting deeper than {MAX_DEPTH}")
+        if kind is CID:
+            return cbor2.CBORTag(LINK_TAG, b"\x00" + value.binary)  # type: ignore[union-attr]
+        if kind in (list, tuple):
+            return [self.prepare(item, depth - 1) for item in value]  # type: ignore[union-attr]
+        if kind is dict:
+            if not all(type(key) is str for key in value):  # type: ignore[union-attr]
+                raise _Refused("a map key that is not text")
+            return {key: self.prepare(item, depth - 1) for key, item in value.items()}  # type: ignore[union-attr]
+        raise _Refused(f"a value of type {kind.__name__}")

@@ -8,6 +8,7 @@ Whether the parts agree with the GGUF headers is `omnistore.chunker.layout`'s to
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -34,12 +35,24 @@ MAX_SIZE: Final = 1 << 50
 """Bytes of one file or part: a petabyte."""
 MAX_TEXT: Final = 256
 """Characters of a name; 64 KiB of licence text belongs in the header, not here."""
-FACT_NAMES: Final = frozenset({"context_length", "parameters", "license", "size_label", "description", "url"})
+NUMBER_FACTS: Final = frozenset({"context_length", "parameters"})
+TEXT_FACTS: Final = frozenset({"license", "size_label", "description", "url"})
+MAX_FACT_TEXT: Final = 4096
+"""Characters of a fact."""
+MAX_FILE_NAME: Final = 200
+"""Bytes of a file name in UTF-8: file systems take 255, and a store adds to it while it writes."""
 
 PartKind = Literal["header", "shared", "embed", "layer", "head"]
 _KIND_ORDER: Final[Mapping[str, int]] = {kind: order for order, kind in enumerate(get_args(PartKind))}
 _KINDS: Final[Mapping[str, PartKind]] = {kind: kind for kind in get_args(PartKind)}
-_FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Control and bidirectional formatting characters, separators, and what Windows refuses or interprets.
+_NOT_IN_FILE_NAMES: Final = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff/\\:*?\"<>|]"
+)
+_DEVICE: Final = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])[ ]*(\.|$)", re.IGNORECASE | re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +171,7 @@ class FileEntry:
     """One file of the model."""
 
     name: str
-    """A bare file name: no directory, no control characters."""
+    """A bare file name that every system can store; see `is_file_name`."""
     size: int
     sha256: bytes | None = None
 
@@ -248,6 +261,17 @@ class SignedManifest:
                 }
             )
         )
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` can be created in a directory, and nowhere else, on every common system."""
+    return (
+        not _NOT_IN_FILE_NAMES.search(name)
+        and not name.startswith((".", " "))
+        and not name.endswith((".", " "))
+        and not _DEVICE.match(name)
+        and 0 < len(name.encode()) <= MAX_FILE_NAME
+    )
 
 
 def block_sizes(blocks: Sequence[CID], size: int) -> list[tuple[CID, int]]:
@@ -342,7 +366,7 @@ def _manifest(node: Mapping[str, Any]) -> Manifest:
     version = node.get("omni")
     if version != FORMAT_VERSION or version is True:
         raise MalformedManifest(
-            f"manifest of format version {version!r}; this program reads version {FORMAT_VERSION}",
+            f"manifest of format version {reprlib.repr(version)}; version {FORMAT_VERSION} is read here",
             remedy="A newer release of omni may read it.",
         )
     _fields(
@@ -352,21 +376,32 @@ def _manifest(node: Mapping[str, Any]) -> Manifest:
         optional={"base"},
     )
     files = tuple(_file(entry) for entry in _items(node["files"], "files", 1, MAX_FILES))
-    if len({entry.name for entry in files}) != len(files):
-        raise MalformedManifest("manifest: two files of one name")
+    _check_set([entry.name for entry in files])
     layers = _int(node["layers"], "layers", 0, MAX_LAYERS)
     parts = tuple(_part_ref(entry) for entry in _items(node["parts"], "parts", 1, MAX_PARTS))
     _check_parts(parts, len(files), layers)
+    if sum(ref.size for ref in parts) > sum(entry.size for entry in files):
+        raise MalformedManifest("manifest: its parts are larger than its files")
     return Manifest(
-        name=_text(node["name"], "name"),
-        architecture=_text(node["architecture"], "architecture"),
-        quantisation=_text(node["quantisation"], "quantisation"),
+        name=_label(node["name"], "name"),
+        architecture=_label(node["architecture"], "architecture"),
+        quantisation=_label(node["quantisation"], "quantisation"),
         layers=layers,
         files=files,
         parts=parts,
         facts=_facts(node["facts"]),
         base=_link(node["base"], "base", DAG_CBOR) if "base" in node else None,
     )
+
+
+def _check_set(names: Sequence[str]) -> None:
+    """Several files are named as a split set: so no two names clash, whatever a system folds."""
+    first = f"-00001-of-{len(names):05}.gguf"
+    stem = names[0].removesuffix(first)
+    if len(names) > 1 and names != [
+        f"{stem}-{number:05}-of-{len(names):05}.gguf" for number in range(1, len(names) + 1)
+    ]:
+        raise MalformedManifest(f"manifest: its {len(names)} files are not named as one split set")
 
 
 def _check_parts(parts: Sequence[PartRef], files: int, layers: int) -> None:
@@ -384,8 +419,8 @@ def _file(entry: Any) -> FileEntry:
     node = _map(entry, "file")
     _fields(node, "file", required={"name", "size"}, optional={"sha256"})
     name = _text(node["name"], "file name")
-    if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
-        raise MalformedManifest(f"manifest: {name!r} is not a bare file name")
+    if not is_file_name(name):
+        raise MalformedManifest(f"manifest: {name!r} is not a file name that every system can store")
     sha256 = node.get("sha256")
     if "sha256" in node and (not isinstance(sha256, bytes) or len(sha256) != 32):
         raise MalformedManifest(f"manifest: the sha256 of {name!r} is not 32 bytes")
@@ -397,25 +432,27 @@ def _part_ref(entry: Any) -> PartRef:
     _fields(node, "part reference", required={"kind", "index", "size", "link"})
     kind = node["kind"]
     if not isinstance(kind, str) or kind not in _KIND_ORDER:
-        raise MalformedManifest(f"manifest: unknown kind of part {kind!r}")
+        raise MalformedManifest(f"manifest: unknown kind of part {reprlib.repr(kind)}")
     most = {"layer": MAX_LAYERS, "header": MAX_FILES}.get(kind, 1) - 1
     key = PartKey(_KINDS[kind], _int(node["index"], f"index of {kind}", 0, most))
     return PartRef(
-        key, _int(node["size"], f"size of {key}", 0, MAX_SIZE), _link(node["link"], str(key), DAG_CBOR)
+        key, _int(node["size"], f"size of {key}", 1, MAX_SIZE), _link(node["link"], str(key), DAG_CBOR)
     )
 
 
 def _header_part(node: Mapping[str, Any], key: PartKey, what: str) -> HeaderPart:
     _fields(node, what, required={"kind", "size", "blocks", "padding"})
     if node["kind"] != "header":
-        raise MalformedManifest(f"{what}: its node is a {node['kind']!r}")
+        raise MalformedManifest(f"{what}: its node is a {reprlib.repr(node['kind'])}")
     size = _int(node["size"], f"{what} size", 1, MAX_SIZE)
     padding = []
+    end = size
     for entry in _items(node["padding"], f"{what} padding", 0, MAX_TENSORS):
         gap = _map(entry, "padding")
         _fields(gap, "padding", required={"offset", "size", "blocks"})
         length = _int(gap["size"], "padding size", 1, MAX_SIZE)
-        offset = _int(gap["offset"], "padding offset", size, MAX_SIZE)
+        offset = _int(gap["offset"], "padding offset", end, MAX_SIZE)
+        end = offset + length
         padding.append(PaddingEntry(offset, length, _blocks(gap["blocks"], length, "padding")))
     return HeaderPart(key, size, _blocks(node["blocks"], size, what), tuple(padding))
 
@@ -423,8 +460,9 @@ def _header_part(node: Mapping[str, Any], key: PartKey, what: str) -> HeaderPart
 def _tensor_part(node: Mapping[str, Any], key: PartKey, what: str) -> TensorPart:
     required = {"kind", "tensors"} | ({"index"} if key.kind == "layer" else set())
     _fields(node, what, required=required)
-    if node["kind"] != key.kind or node.get("index", 0) != key.index:
-        raise MalformedManifest(f"{what}: its node is {node['kind']!r} {node.get('index', '')}")
+    index = _int(node.get("index", 0), f"{what} index", 0, MAX_LAYERS - 1)
+    if node["kind"] != key.kind or index != key.index:
+        raise MalformedManifest(f"{what}: its node is {reprlib.repr(node['kind'])} {index}")
     tensors = tuple(_tensor(entry, what) for entry in _items(node["tensors"], what, 1, MAX_TENSORS))
     names = [tensor.name.encode() for tensor in tensors]
     if names != sorted(set(names)):
@@ -435,11 +473,14 @@ def _tensor_part(node: Mapping[str, Any], key: PartKey, what: str) -> TensorPart
 def _tensor(entry: Any, what: str) -> TensorEntry:
     node = _map(entry, f"{what}: tensor")
     _fields(node, f"{what}: tensor", required={"name", "type", "shape", "size", "blocks"})
-    name = _text(node["name"], f"{what}: tensor name")
-    shape = tuple(_int(n, f"{name} shape", 1, MAX_SIZE) for n in _items(node["shape"], f"{name} shape", 0, 4))
-    size = _int(node["size"], f"{name} size", 1, MAX_SIZE)
+    name = _text(node["name"], f"{what}: tensor name", least=0)
+    shown = f"{what}: tensor {reprlib.repr(name)}"
+    shape = tuple(
+        _int(n, f"{shown} shape", 1, MAX_SIZE) for n in _items(node["shape"], f"{shown} shape", 0, 4)
+    )
+    size = _int(node["size"], f"{shown} size", 1, MAX_SIZE)
     return TensorEntry(
-        name, _text(node["type"], f"{name} type"), shape, size, _blocks(node["blocks"], size, name)
+        name, _label(node["type"], f"{shown} type"), shape, size, _blocks(node["blocks"], size, shown)
     )
 
 
@@ -452,12 +493,10 @@ def _blocks(value: Any, size: int, what: str) -> tuple[CID, ...]:
 
 def _facts(value: Any) -> Mapping[str, int | str]:
     node = _map(value, "facts")
-    unknown = node.keys() - FACT_NAMES
-    if unknown:
-        raise MalformedManifest(f"manifest: unknown facts {sorted(unknown)}")
+    _fields(node, "facts", required=set(), optional=NUMBER_FACTS | TEXT_FACTS)
     for name, fact in node.items():
-        if isinstance(fact, str):
-            _text(fact, name, most=4096)
+        if name in TEXT_FACTS:
+            _text(fact, name, most=MAX_FACT_TEXT)
         else:
             _int(fact, name, 0, 1 << 62)
     return dict(sorted(node.items()))
@@ -474,7 +513,7 @@ def _fields(
     if missing:
         raise MalformedManifest(f"{what}: without {', '.join(sorted(missing))}")
     if unknown:
-        raise MalformedManifest(f"{what}: unknown field {', '.join(sorted(unknown))}")
+        raise MalformedManifest(f"{what}: unknown field {reprlib.repr(sorted(unknown))}")
 
 
 def _map(value: Any, what: str) -> Mapping[str, Any]:
@@ -491,14 +530,21 @@ def _items(value: Any, what: str, least: int, most: int) -> list[Any]:
 
 def _int(value: Any, what: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise MalformedManifest(f"{what}: {value!r} is not an integer from {least} to {most}")
+        raise MalformedManifest(f"{what}: {reprlib.repr(value)} is not an integer from {least} to {most}")
     return value
 
 
-def _text(value: Any, what: str, most: int = MAX_TEXT) -> str:
-    if not isinstance(value, str) or len(value) > most:
-        raise MalformedManifest(f"{what} is not a text of at most {most} characters")
+def _text(value: Any, what: str, most: int = MAX_TEXT, *, least: int = 1) -> str:
+    if not isinstance(value, str) or not least <= len(value) <= most:
+        raise MalformedManifest(f"{what} is not a text of {least} to {most} characters")
     return value
+
+
+def _label(value: Any, what: str) -> str:
+    """A text that people see on one line; a control character could rewrite their terminal."""
+    if _CONTROL.search(_text(value, what)):
+        raise MalformedManifest(f"{what} has a control character")
+    return str(value)
 
 
 def _link(value: Any, what: str, codec: int) -> CID:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +33,7 @@ from omnistore.manifest import (
     FileEntry,
     Manifest,
     Part,
+    is_file_name,
     manifest_untrusted,
     part_untrusted,
 )
@@ -49,7 +49,6 @@ _BATCH: Final = 32
 """Blocks per task and per call of the sink."""
 _WINDOWS: Final = (1 << 20, 16 << 20, LIMITS.header_bytes)
 """How much of a file is read in search of the end of its header, in bytes."""
-_FILE_NAME: Final = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +143,11 @@ def _entry(source: _Source, total: Future[bytes] | None) -> FileEntry:
 
 def _check_names(paths: Sequence[Path], name: str | None) -> str:
     for path in paths:
-        if not _FILE_NAME.fullmatch(path.name) or not _is_unicode(path.name):
-            raise InputError(f"{str(path)!r}: this file name can not be published", remedy="Rename the file.")
+        if not is_file_name(path.name):
+            raise InputError(
+                f"{str(path)!r}: this file name can not be published: not every system can store it",
+                remedy="Rename the file.",
+            )
     title = stem_of(paths[0].name) if name is None else name
     if not 0 < len(title) <= MAX_TEXT or not _is_unicode(title):
         raise InputError(f"{title!r}: a model's name is a text of 1 to {MAX_TEXT} characters")
