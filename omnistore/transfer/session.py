@@ -76,6 +76,8 @@ class Session:
         """Who owes an answer for a block, given up or not."""
         self._charged: dict[CID, int] = {}
         self._sources: dict[str, Source] = {}
+        self._stalled: set[str] = set()
+        """Peers that stalled once."""
         self._out: list[e.Command] = []
         self._useful_at: float | None = None
         self._lonely_since: float | None = None
@@ -153,6 +155,7 @@ class Session:
         if event.peer in self._sources:
             raise LocalProtocolError(f"peer {event.peer} joined twice")
         source = Source(event.peer, event.asks, event.queries, PeerFlow(now, self.limits.flow))
+        source.suspect = event.peer in self._stalled
         self._sources[event.peer] = source
         for group in self._demand.groups:
             self._introduce(source, group, now)
@@ -195,6 +198,7 @@ class Session:
             raise LocalProtocolError(f"{event.peer} answered for {event.cid}, which it was not asked for")
         source.flow.answered(event.size, ask.at, now)
         source.answered_at = now
+        source.suspect = False
         self._answered(source, event.cid)
         if self._states.get(event.cid) not in (BlockState.WANTED, BlockState.ASKED):
             self.duplicate_bytes += event.size
@@ -254,11 +258,11 @@ class Session:
     # --- asking -----------------------------------------------------------------------------
 
     def _fill(self, now: float) -> None:
-        """Ask everybody with room, the least loaded first."""
+        """Ask everybody with room, the least loaded first, those that stalled before last."""
         if not self._demand.pending:
             return
         room = [s for s in self._sources.values() if self._room(s) > 0]
-        for source in sorted(room, key=lambda s: s.seconds_for(s.outstanding, now)):
+        for source in sorted(room, key=lambda s: (s.suspect, s.seconds_for(s.outstanding, now))):
             blocks = []
             for block in self._demand.choose(source.holdings):
                 if not self._fits(source, block.size):
@@ -318,7 +322,7 @@ class Session:
 
     def _relieve(self, source: Source, now: float) -> None:
         """End-game: let a peer with nothing to do take over asks that others would need longer for."""
-        if source.outstanding * 2 > source.flow.window or self._room(source) <= 0:
+        if source.suspect or source.outstanding * 2 > source.flow.window or self._room(source) <= 0:
             return
         taken = []
         for block, other in self._late(source, now):
@@ -414,6 +418,7 @@ class Session:
     def _drop(self, peer: str, reason: str, *, banned: bool) -> None:
         if banned:
             self.banned.setdefault(peer, reason)
+        self._stalled.add(peer)
         source = self._sources.get(peer)
         if source is not None:
             self._forget(source)

@@ -35,10 +35,11 @@ class Source:
     queried_at: dict[CID, float] = field(default_factory=dict)
     answered_at: float = 0.0
     """When it last answered an ask, or was asked while it owed nothing."""
+    suspect: bool = False
+    """It stalled before, and has delivered nothing since it came back."""
 
     def seconds_for(self, size: int, now: float) -> float:
-        """How long `size` bytes should take it, given its rate and how long its present answer takes."""
+        """How long `size` bytes should take it; no less than its present answer took already."""
         rate = self.flow.rate or float(BLOCK_SIZE)
-        if self.asks:
-            rate = min(rate, BLOCK_SIZE / max(now - self.answered_at, 1e-3))
-        return size / max(rate, 1.0)
+        waited = now - self.answered_at if self.asks else 0.0
+        return max(size / max(rate, 1.0), waited)

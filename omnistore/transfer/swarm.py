@@ -58,8 +58,9 @@ class SwarmLimits:
     hello: float = 15.0
     """Seconds for a peer to greet."""
     redial_least: float = 1.0
-    """Seconds before a peer that went away is dialled again; doubles up to `redial_most`."""
-    redial_most: float = 30.0
+    """Seconds before a peer that went away is dialled again: doubles while it delivers nothing."""
+    redial_most: float = 10.0
+    """Well under the session's `lonely`, or the only provider could be waited for too long."""
     dials: int = 4
     """Dials without success after which a peer that never answered is no longer hoped for."""
 
@@ -123,6 +124,8 @@ class Swarm:
         channel = trio.open_memory_channel[tuple[str, Wanted, bytes | memoryview]]
         self._received, self._to_verify = channel(limits.unverified)
         self._joined: set[str] = set()
+        self._delivered: dict[str, int] = {}
+        """Blocks received from each peer."""
         self._failures: dict[str, int] = {}
         """Dials of peers that never joined."""
         self._sink: Sink | None = None
@@ -230,7 +233,7 @@ class Swarm:
         pause = self._limits.redial_least
         while provider.peer not in self.session.banned:
             async with self._slots:
-                started = trio.current_time()
+                delivered = self._delivered.get(provider.peer, 0)
                 try:
                     await self._join(provider)
                 except PeerUnreachable as error:
@@ -238,7 +241,7 @@ class Swarm:
                     if provider.peer not in self._joined:
                         self._failures[provider.peer] = self._failures.get(provider.peer, 0) + 1
                     _log.debug("peer %s: %s", provider.peer, error)
-            if trio.current_time() - started > self._limits.redial_most:
+            if self._delivered.get(provider.peer, 0) > delivered:
                 pause = self._limits.redial_least
             await trio.sleep(pause)
             pause = min(2 * pause, self._limits.redial_most)
@@ -300,6 +303,7 @@ class Swarm:
     async def _answered(self, peer: str, link: Link, answer: Arrived | Refused | Holds | Error) -> None:
         match answer:
             case Arrived(wanted, data):
+                self._delivered[peer] = self._delivered.get(peer, 0) + 1
                 if self._dispatch(e.BlockReceived(peer, wanted.cid, len(data))):
                     link.held_up = True
                     await self._received.send((peer, wanted, data))

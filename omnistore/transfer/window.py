@@ -37,8 +37,9 @@ class FlowLimits:
     """Seconds: below it a garbage collection or a spun-down disk would count as a stall."""
     silence_most: float = 15.0
     """Seconds without one byte after which any peer counts as stalled; also before anything was measured."""
-    answer_most: float = 60.0
-    """Seconds for a peer to answer one ask while somebody else could: what a trickle of bytes can gain."""
+    answer_most: float = 20.0
+    """Seconds for a peer's next answer while others could give all it owes: what a trickle of bytes can
+    gain. A block takes that long at 52 kB/s."""
 
 
 FLOW: Final = FlowLimits()
