@@ -82,11 +82,13 @@ def choose_model(text: str, known: Sequence[tuple[CID, CID, str]]) -> CID:
     except MalformedCID as error:
         malformed = error
     bare = text.strip()
-    found = [cid for cid, _, name in known if name == bare]
-    if not found and len(bare) >= _SHORTEST_PREFIX:
-        found = [
-            cid for cid, manifest, _ in known if str(cid).startswith(bare) or str(manifest).startswith(bare)
-        ]
+    # Both at once: a publisher may call a model what is the beginning of another's CID.
+    prefix = bare if len(bare) >= _SHORTEST_PREFIX else "no CID's beginning"
+    found = [
+        cid
+        for cid, manifest, name in known
+        if name == bare or str(cid).startswith(prefix) or str(manifest).startswith(prefix)
+    ]
     if len(found) == 1:
         return found[0]
     if found:

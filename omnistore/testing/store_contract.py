@@ -317,3 +317,12 @@ class StoreContract:
         assert str(made.signed.cid) in str(caught.value)
         assert str(other.signed.cid) in str(caught.value)
         assert [status.model.manifest.name for status in store.models()] == ["tiny", "tiny"]
+
+    def test_a_name_can_not_pass_for_a_cid(self, store: Store, made: Sample, tmp_path: Path) -> None:
+        fill(store, made)
+        disguise = str(made.signed.cid)[:20]
+        (tmp_path / "other").mkdir()
+        other = sample(tmp_path / "other", tiny_model(layers=1), f"{disguise}.gguf")
+        fill(store, other)
+        with pytest.raises(InputError, match="names 2 models"):
+            store.find(disguise)
