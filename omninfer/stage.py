@@ -308,11 +308,11 @@ def _refuse(code: str, error: OmniError) -> frames.Refuse:
 async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
     """Lend compute beside a node's other services, until it stops.
 
-    Options: `memory` (bytes; None for what is free now) and `allow` (peer IDs; `any` among them lets
+    Options: `memory_gb` (gigabytes; None for what is free now) and `allow` (peer IDs; `any` among them lets
     everybody in; none lets nobody in).
     """
     allow = frozenset(options.get("allow") or ())
-    lend = LendOptions(options.get("memory"), None if "any" in allow else allow)
+    lend = LendOptions(_bytes(options.get("memory_gb")), None if "any" in allow else allow)
     if not allow:
         _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
     lender = Lender(node.peer_id, node.store, NetworkWeights(node.network, node.routing, node.store), lend)
@@ -321,6 +321,10 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
         nursery.start_soon(lender.expire)
         if allow:
             nursery.start_soon(_announce, node.routing)
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 async def _announce(routing: ContentRouting) -> None:

@@ -1,0 +1,194 @@
+"""What `omni run` and `omni chat` share: from a model's name to something that answers logits.
+
+Opens a node only if somebody else is needed: a whole model runs here without any network.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from omninfer.coordinator import Coordinator, RunOptions, Site, Told
+from omninfer.frames import Progress
+from omninfer.generation import Generation, GenerationParams
+from omninfer.sampling import SamplingParams
+from omninfer.sources import Description, describe_untrusted, header_parts
+from omninfer.tokenizer import Tokenizer
+from omninfer.weights import NetworkWeights
+from omnistore.cid import CID
+from omnistore.cli.home import config, home_store
+from omnistore.cli.output import Output, size
+from omnistore.config import load_key
+from omnistore.errors import BlockMissing, InputError, MalformedCID
+from omnistore.node import NodeOptions, open_node
+from omnistore.transfer.client import Offline, every_part, provider_at
+
+LEAST_CONTEXT: Final = 2048
+"""Tokens planned for unless --context says otherwise: a page or two."""
+_TELL_EVERY: Final = 2.0
+"""Seconds between two words on one machine's progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options of both commands, checked."""
+
+    model: str
+    layers: str
+    lenders: tuple[str, ...]
+    peers: tuple[str, ...]
+    bootstrap: tuple[str, ...]
+    engine: str
+    context: int | None
+    silence: float
+    params: GenerationParams
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Asked:
+        """From click's options. Raises `InputError`."""
+        chosen = {
+            name: options[name]
+            for name in ("temperature", "top_k", "top_p", "min_p")
+            if options[name] is not None
+        }
+        seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
+        params = GenerationParams(
+            options["max_tokens"], tuple(options["stops"]), SamplingParams(seed=seed, **chosen)
+        )
+        rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence")
+        return cls(params=params, **{name: options[name] for name in rest})
+
+
+@dataclass(slots=True)
+class Session:
+    """An opened model."""
+
+    asked: Asked
+    output: Output
+    about: Description
+    tokenizer: Tokenizer
+    site: Site
+    _told: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def coordinator(self, prompt_tokens: int) -> AsyncIterator[Coordinator]:
+        """Whoever runs the model, with room for a prompt of so many tokens and what is to follow it."""
+        most = self.about.spec.context_length
+        wanted = prompt_tokens + self.asked.params.max_tokens
+        context = self.asked.context or min(most, max(LEAST_CONTEXT, -(-wanted // 1024) * 1024))
+        if context > most:
+            self.output.note(f"the model was made for {most} tokens; {context} may read badly")
+        options = RunOptions(
+            layers=self.asked.layers,
+            lenders=self.asked.lenders,
+            sources=tuple(provider_at(addr) for addr in (*self.asked.peers, *self.asked.lenders)),
+            engine=self.asked.engine,
+            context=context,
+            silence=self.asked.silence,
+        )
+        coordinator = Coordinator(self.site, self.about, options, Told(self._note, self._progress))
+        try:
+            yield coordinator
+        finally:
+            with trio.CancelScope(shield=True):
+                await coordinator.aclose()
+
+    def _note(self, text: str) -> None:
+        self.output.note(text)
+        self.output.event("note", text=text)
+
+    def _progress(self, peer: str, progress: Progress) -> None:
+        """Called from any thread, often."""
+        key, now = (peer, progress.phase), time.monotonic()
+        if progress.total == 0 or now - self._told.get(key, 0.0) < _TELL_EVERY:
+            return
+        self._told[key] = now
+        self.output.event(
+            "progress", peer=peer, phase=progress.phase, done=progress.done, total=progress.total
+        )
+        percent = 100 * progress.done // progress.total
+        self.output.note(f"{peer}: {progress.phase} {percent} % of {size(progress.total)}")
+
+
+class _Alone(Offline):
+    """This machine, for a model that needs no other."""
+
+    def __init__(self, peer_id: str) -> None:
+        self.peer_id = peer_id
+
+
+@asynccontextmanager
+async def open_session(output: Output, asked: Asked) -> AsyncIterator[Session]:
+    """Find the model, here or among peers, and read its headers."""
+    cid, whole = await trio.to_thread.run_sync(_look, asked.model)
+    others = (*asked.peers, *asked.lenders)
+    sources = tuple(provider_at(addr) for addr in others)
+    store_config = config()
+    if whole and not others and not asked.bootstrap:
+        with home_store() as store:
+            alone = _Alone(load_key(store_config.home).public.peer_id)
+            site = Site(alone, None, store, NetworkWeights(alone, None, store))
+            yield await _session(asked, output, cid, site)
+        return
+    if not others and not asked.bootstrap:
+        raise InputError(
+            f"{asked.model} is not here, or not whole, and there is nobody to ask for it",
+            remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
+        )
+    async with open_node(store_config, NodeOptions(bootstrap=asked.bootstrap, alone_ok=bool(others))) as node:
+        routing = node.routing if asked.bootstrap else None
+        weights = NetworkWeights(node.network, routing, node.store)
+        await weights.fetch(cid, header_parts, sources)
+        yield await _session(asked, output, cid, Site(node.network, routing, node.store, weights))
+
+
+async def _session(asked: Asked, output: Output, cid: CID, site: Site) -> Session:
+    about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
+    tokenizer = await trio.to_thread.run_sync(Tokenizer.from_metadata_untrusted, about.metadata)
+    return Session(asked, output, about, tokenizer, site)
+
+
+def _look(text: str) -> tuple[CID, bool]:
+    """The model's CID, and whether all of it is here."""
+    with home_store() as store:
+        try:
+            cid = CID.parse_untrusted(text)
+        except MalformedCID:
+            cid = store.find(text).cid
+        try:
+            status = store.status(cid)
+        except BlockMissing:
+            return cid, False
+        return cid, status.complete.issuperset(every_part(status.model.manifest))
+
+
+def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
+    """What `--json` says of a generation."""
+    stages = coordinator.plan.stages if coordinator.plan else ()
+    return {
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "prompt_tokens": list(generation.prompt),
+        "stages": [{"peer": stage.peer, "layers": stage.layers} for stage in stages],
+        "tokens_per_second": round(generation.tokens_per_second, 3),
+        "prompt_seconds": round(generation.prompt_seconds, 6),
+        "seconds": round(generation.seconds, 6),
+        "finish": generation.finish,
+        "lost": list(coordinator.losses),
+    }
+
+
+def summary(coordinator: Coordinator, generation: Generation) -> str:
+    """The same in a line for a person."""
+    stages = coordinator.plan.stages if coordinator.plan else ()
+    where = ", ".join(f"layers {stage.layers} on {stage.peer}" for stage in stages)
+    return (
+        f"{len(generation.prompt)} prompt tokens in {generation.prompt_seconds:.2f} s;"
+        f" {len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} tokens/s ({where})"
+    )
