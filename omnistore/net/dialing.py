@@ -5,8 +5,11 @@
 - refuses a peer for 60 s after one failure, also when told a new address meanwhile;
 - never tries loopback addresses when others are known, and has no deadline of its own.
 
+Its auto-connector dials every peer whose address it has heard, towards half its upper bound, also
+with a lower bound of zero: it is switched off (`install`).
+
 Here: every address, staggered, the first that answers as the right peer wins, one deadline for all.
-Reaches into `Swarm._dial_addr_single_attempt`; nothing else is private.
+Reaches into `Swarm._dial_addr_single_attempt` and replaces two methods.
 """
 
 from __future__ import annotations
@@ -29,6 +32,16 @@ STAGGER: Final = 0.1
 """Seconds before the next address is tried beside one that has not answered."""
 MAX_ADDRESSES: Final = 16
 """Addresses of one peer that are tried; a record may list any number."""
+
+
+def install(swarm: Any, deadline: float) -> None:
+    """Dial our way, and only when asked."""
+
+    async def nobody() -> None:
+        """In place of the auto-connector's look for somebody to dial."""
+
+    swarm.dial_peer = Dialer(swarm, deadline).dial_peer
+    swarm.auto_connector.maybe_connect = nobody
 
 
 @dataclass(slots=True)

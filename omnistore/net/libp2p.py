@@ -31,6 +31,7 @@ from multiaddr import Multiaddr
 
 from omnistore.errors import BadConfig, OmniError, PeerUnreachable
 from omnistore.keys import PrivateKey
+from omnistore.net import dialing, yamux
 from omnistore.net.addresses import (
     Address,
     check_listenable,
@@ -39,11 +40,11 @@ from omnistore.net.addresses import (
     parse_dialable_untrusted,
     parse_untrusted,
 )
-from omnistore.net.dialing import MAX_ADDRESSES, Dialer
+from omnistore.net.dialing import MAX_ADDRESSES
 from omnistore.net.interface import Provider, Stream, StreamServer
 from omnistore.net.isolation import abort, free_inbound_slots, isolate_streams
 from omnistore.net.quiet import quieten
-from omnistore.net.yamux import Liveness, install
+from omnistore.net.yamux import Liveness
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,6 @@ def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptio
         disable_identify_address_discovery=True,
         addrs_factory=lambda bound: _dialable(bound, outside),
         connection_config=ConnectionConfig(
-            # A low watermark above zero makes the library dial every peer it has heard of.
             min_connections=0,
             low_watermark=0,
             high_watermark=MAX_CONNECTIONS,
@@ -261,8 +261,8 @@ def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptio
     swarm = host.get_network()
     # Its circuit breaker refuses everybody after a few peers failed; our own bounds are in `isolation`.
     swarm.set_resource_manager(None)
-    swarm.dial_peer = Dialer(swarm, options.dial_deadline).dial_peer
-    install(swarm.upgrader, options.liveness)
+    dialing.install(swarm, options.dial_deadline)
+    yamux.install(swarm.upgrader, options.liveness)
     isolate_streams(swarm)
     free_inbound_slots(swarm)
     return host
