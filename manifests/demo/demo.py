@@ -117,8 +117,7 @@ def main() -> None:
         say(f"  signed manifest {cid}")
         say(f"  {added['blocks']} blocks in {len(added['parts'])} parts:")
         for part in added["parts"]:
-            name = part["kind"] if part["kind"] != "layer" else f"layer {part['index']}"
-            say(f"    {name:<9} {part['size']:>9,} bytes  {part['cid']}")
+            say(f"    {part['part']:<9} {part['size']:>9,} bytes  {part['cid']}")
 
         say("\n2. Nodes start: a bootstrap node, A as a seed, C lending compute")
         ready = {"bootstrap": nodes.enter_context(seed(homes["bootstrap"]))}
@@ -138,7 +137,7 @@ def main() -> None:
         say("\n4. B runs the model together with C, which fetches only its own layers")
         text = run(homes["B"], cid, address(ready["C"]), names)
         held = omni(homes["C"], "show", cid)[-1]
-        whole = [part for part in held["parts"] if part["complete"]]
+        whole = [part for part in held["parts"] if part["held"]]
         say(f"  C holds {len(whole)} of {len(held['parts'])} parts, {sum(p['size'] for p in whole):,} bytes")
 
         say("\n5. B runs it alone, to compare")
