@@ -293,8 +293,10 @@ def _holds(fields: Mapping[str, Any]) -> Holds:
 
 def _error(fields: Mapping[str, Any]) -> Error:
     code, text = fields["code"], fields["text"]
-    if code not in ERROR_CODES or not isinstance(text, str) or len(text) > LIMITS.text:
-        raise RemoteProtocolError("an 'error' of unknown code or without a short text")
+    if not isinstance(code, str) or code not in ERROR_CODES:
+        raise RemoteProtocolError("an 'error' of unknown code")
+    if not isinstance(text, str) or len(text) > LIMITS.text:
+        raise RemoteProtocolError(f"an 'error' without a text of at most {LIMITS.text} characters")
     return Error(code, text)
 
 
