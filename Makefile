@@ -43,6 +43,10 @@ bench-engine: $(STAMP)
 demo-model: $(STAMP)
 	$(BIN)/python manifests/demo/train.py
 
+# Sign the demo model's manifest again, under the identity of $$OMNI_HOME.
+demo-manifest: $(STAMP)
+	$(BIN)/python manifests/sign.py manifests/demo/omni-demo-F16.gguf
+
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "omni needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }

@@ -24,8 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omnistore.block import Block
+from omnistore.manifest import signed_untrusted
+
 MODEL = Path(__file__).resolve().parent / "omni-demo-F16.gguf"
-PROMPT = "Once upon a time"
+PUBLISHED = MODEL.with_suffix(".manifest")
+"""The manifest of this file as this project signed it."""
+PROMPT = "Once upon a time, Otto the owl"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 DEADLINE = 60.0
 """Seconds any one command may take."""
@@ -118,6 +123,12 @@ def main() -> None:
         say(f"  {added['blocks']} blocks in {len(added['parts'])} parts:")
         for part in added["parts"]:
             say(f"    {part['part']:<9} {part['size']:>9,} bytes  {part['cid']}")
+
+        published = signed_untrusted(Block.node(PUBLISHED.read_bytes()))
+        if added["manifest"] != str(published.manifest):
+            raise SystemExit(f"demo: {MODEL.name} is not the file that {PUBLISHED.name} describes")
+        say(f"  the manifest below that signature is the one in {PUBLISHED.name}, signed by")
+        say(f"  {published.publisher.peer_id}")
 
         say("\n2. Nodes start: a bootstrap node, A as a seed, C lending compute")
         ready = {"bootstrap": nodes.enter_context(seed(homes["bootstrap"]))}
