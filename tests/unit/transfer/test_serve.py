@@ -1,0 +1,182 @@
+"""The server's queue: fair turns, bounds, cancels, and what ends a stream."""
+
+from __future__ import annotations
+
+import pytest
+
+from omnistore.cid import CID, DAG_CBOR, RAW
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.messages import Cancel, Have, Hello, Missing, Want
+from omnistore.transfer.serve import FindHeld, ReadBlocks, ServeLimits, Serving
+
+MIB = 1 << 20
+
+
+def cid(number: int, codec: int = RAW) -> CID:
+    return CID.of_digest(codec, number.to_bytes(32, "big"))
+
+
+def cids(start: int, count: int) -> tuple[CID, ...]:
+    return tuple(cid(n) for n in range(start, start + count))
+
+
+def opened(serving: Serving, peer: str = "p") -> int:
+    found = serving.open(peer)
+    assert found is not None
+    return found[0]
+
+
+def asks_of(serving: Serving) -> list[tuple[int, list[int]]]:
+    """All jobs there are, as (stream, ask numbers)."""
+    jobs = []
+    while (job := serving.next()) is not None:
+        assert isinstance(job, ReadBlocks)
+        jobs.append((job.stream, [ask for ask, _ in job.asks]))
+    return jobs
+
+
+def test_the_hello_says_the_limits() -> None:
+    assert Serving(ServeLimits(asks=7, queries=3)).open("p") == (1, Hello(7, 3))
+
+
+def test_streams_take_turns() -> None:
+    serving = Serving(ServeLimits(batch=2, ahead=100 * MIB, memory=100 * MIB))
+    greedy, modest = opened(serving), opened(serving, "q")
+    serving.receive_untrusted(greedy, Want(0, cids(0, 6)))
+    serving.receive_untrusted(modest, Want(0, cids(0, 3)))
+    assert asks_of(serving) == [
+        (greedy, [0, 1]),
+        (modest, [0, 1]),
+        (greedy, [2, 3]),
+        (modest, [2]),
+        (greedy, [4, 5]),
+    ]
+
+
+def test_a_requester_that_does_not_read_stops_getting_turns() -> None:
+    serving = Serving(ServeLimits(batch=4, ahead=4 * MIB, memory=64 * MIB))
+    deaf, keen = opened(serving), opened(serving, "q")
+    serving.receive_untrusted(deaf, Want(0, cids(0, 100)))
+    assert asks_of(serving) == [(deaf, [0, 1])]
+    serving.was_read(deaf, MIB)
+    serving.was_read(deaf, MIB)
+    assert asks_of(serving) == [(deaf, [2])]
+    serving.receive_untrusted(keen, Want(0, cids(0, 2)))
+    assert asks_of(serving) == [(keen, [0, 1])]
+    serving.was_sent(deaf, MIB)
+    serving.was_read(deaf, MIB)
+    assert asks_of(serving) == [(deaf, [3])]
+
+
+def test_memory_is_bounded_over_all_streams() -> None:
+    serving = Serving(ServeLimits(batch=1, ahead=4 * MIB, memory=6 * MIB))
+    streams = [opened(serving, f"p{n}") for n in range(5)]
+    for stream in streams:
+        serving.receive_untrusted(stream, Want(0, cids(0, 5)))
+    assert [stream for stream, _ in asks_of(serving)] == streams[:3]
+    assert serving.held == 6 * MIB
+    serving.close(streams[0])
+    assert serving.held == 4 * MIB
+    assert asks_of(serving) == [(streams[3], [0])]
+
+
+def test_memory_is_whole_again_when_all_is_sent() -> None:
+    serving = Serving()
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 50)))
+    while (job := serving.next()) is not None:
+        assert isinstance(job, ReadBlocks)
+        for ask, _ in job.asks:
+            serving.was_read(stream, None if ask % 3 else 1000)
+            if ask % 3 == 0:
+                serving.was_sent(stream, 1000)
+    assert serving.held == 0
+    assert not serving.owes(stream)
+
+
+def test_cancelled_asks_are_missing_once() -> None:
+    serving = Serving(ServeLimits(batch=1))
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 4)))
+    assert asks_of(serving)[0] == (stream, [0])
+    serving = Serving(ServeLimits(batch=1, ahead=2 * MIB))
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 4)))
+    assert asks_of(serving) == [(stream, [0])]
+    # Ask 0 is being read: it will be sent. The others are answered now.
+    assert serving.receive_untrusted(stream, Cancel((0, 2, 3))) == Missing((2, 3))
+    serving.was_read(stream, MIB)
+    serving.was_sent(stream, MIB)
+    assert asks_of(serving) == [(stream, [1])]
+
+
+def test_queries_come_before_blocks() -> None:
+    serving = Serving()
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 1)))
+    serving.receive_untrusted(stream, Have((cid(5, DAG_CBOR),)))
+    assert serving.next() == FindHeld(stream, cid(5, DAG_CBOR))
+    assert serving.next() == ReadBlocks(stream, ((0, cid(0)),))
+
+
+LIMITS = ServeLimits(asks=10, queries=2)
+BROKEN = {
+    "asks that do not start at nought": [Want(1, cids(0, 1))],
+    "asks that do not follow on": [Want(0, cids(0, 2)), Want(3, cids(0, 1))],
+    "asks numbered again": [Want(0, cids(0, 2)), Want(0, cids(0, 1))],
+    "too many asks": [Want(0, cids(0, 6)), Want(6, cids(0, 5))],
+    "too many queries": [Have((cid(0), cid(1))), Have((cid(2),))],
+    "cancels what was never asked": [Cancel((0,))],
+    "cancels the next ask": [Want(0, cids(0, 2)), Cancel((2,))],
+    "cancels over and over": [Want(0, cids(0, 2)), Cancel((0, 1)), Cancel((0,))],
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_ends_a_stream(fault: str) -> None:
+    serving = Serving(LIMITS)
+    stream = opened(serving)
+    *before, last = BROKEN[fault]
+    for message in before:
+        serving.receive_untrusted(stream, message)
+    with pytest.raises(RemoteProtocolError):
+        serving.receive_untrusted(stream, last)
+
+
+def test_answered_asks_make_room_for_more() -> None:
+    serving = Serving(LIMITS)
+    stream = opened(serving)
+    for first in range(0, 100, 10):
+        serving.receive_untrusted(stream, Want(first, cids(0, 10)))
+        while serving.next() is not None:
+            pass
+        for _ in range(10):
+            serving.was_read(stream, None)
+
+
+def test_streams_are_bounded_per_peer_and_in_all() -> None:
+    serving = Serving(ServeLimits(streams=5, streams_per_peer=2))
+    first = opened(serving, "a")
+    assert serving.open("a") is not None
+    assert serving.open("a") is None
+    assert serving.open("b") is not None
+    serving.close(first)
+    assert serving.open("a") is not None
+    assert serving.open("c") is not None
+    assert serving.open("d") is not None
+    assert serving.open("e") is None
+
+
+def test_a_stream_closed_in_mid_job_is_forgotten() -> None:
+    serving = Serving()
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 3)))
+    assert serving.next() is not None
+    serving.close(stream)
+    serving.was_read(stream, MIB)
+    serving.was_sent(stream, MIB)
+    serving.was_found(stream)
+    assert serving.held == 0
+    assert serving.next() is None
+    with pytest.raises(LocalProtocolError):
+        serving.receive_untrusted(stream, Want(3, cids(0, 1)))
