@@ -37,6 +37,8 @@ class Config:
     """Bytes of a disk that fetching leaves free: the index, and every other program, need some."""
     copy_batch: int = 32 << 20
     """Bytes copied locally between two commits: bounds memory and what a crash makes us copy again."""
+    sync_batch: int = 256 << 20
+    """Bytes written between two waits for the disk: what a power cut may make us check, and fetch, again."""
     node_grace: float = 3600.0
     """Seconds that garbage collection spares a node no pin reaches: somebody may be fetching its model."""
     window: int = 64 << 20

@@ -1,8 +1,11 @@
 """Putting a fetched model together in sparse files, so that a crash at any instruction loses nothing.
 
-The order is the whole idea: bytes go to their offsets, are made durable, and only then does the
-index say that they are there. A block the index names was therefore verified and written, whatever
-happened since. A file is called `NAME.gguf.part` until every byte of the model's is in place.
+The order is the whole idea: verified bytes go to their offsets, and only then does the index say that they
+are there. When the process dies, what the index names is in the page cache or on the disk. A power cut
+is another matter: waiting for the disk at every write would cost most of the speed, so it is done now and
+then, and until then the index says that the file is `unsynced` since this start of the machine. A store
+opened after another start reads such a file again (`FileStore`). A file is called `NAME.gguf.part` until
+every byte of the model's is in place and on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,9 +29,10 @@ from omnistore.errors import (
     LocalProtocolError,
     MalformedManifest,
     SourceChanged,
+    StoreError,
 )
 from omnistore.manifest import PartKey
-from omnistore.store.disk import FileLock, check_room, place_file, reported, sync_data, write_at
+from omnistore.store.disk import FileLock, boot_id, check_room, place_file, reported, sync_data, write_at
 from omnistore.store.index import StoredFile, part_path
 from omnistore.store.interface import Model
 from omnistore.store.models import names_of
@@ -49,6 +53,8 @@ class _Target:
     """Open for writing; None for a user's file that holds all that is wanted already."""
     written: set[int]
     """Offsets of the blocks that the index says are in it."""
+    unsynced: list[tuple[bytes, int, int]] = field(default_factory=list)
+    """(digest, offset, size) of blocks written since the last wait for the disk."""
 
 
 class FileAssembly:
@@ -74,6 +80,7 @@ class FileAssembly:
         self._places: dict[CID, list[Placement]] = {}
         for placement in placements:
             self._places.setdefault(placement.cid, []).append(placement)
+        self._since = boot_id()
         self._lock = threading.Lock()
         self._closed = False
         self._targets: dict[int, _Target] = {}
@@ -105,6 +112,7 @@ class FileAssembly:
                 remedy=f"Run `omni pin {self.model.cid}` again.",
             )
         with self._lock:
+            self._sync()
             whole = self._is_whole()
             if whole:
                 self._give_names()
@@ -120,9 +128,14 @@ class FileAssembly:
 
     def close(self) -> None:
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            self._close_targets()
-            self._model_lock.release()
+            try:
+                self._sync()
+            finally:
+                self._close_targets()
+                self._model_lock.release()
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -239,18 +252,40 @@ class FileAssembly:
         return places
 
     def _commit(self, rows: Mapping[int, Sequence[tuple[bytes, int, int]]]) -> None:
+        """Tell the index, which the bytes have reached before it; wait for the disk now and then."""
         if not rows:
             return
-        for number in rows:
-            target = self._targets[number]
-            assert target.fd is not None
-            with reported(target.file.where, "written"):
-                sync_data(target.fd)
-        with self._store.index.writing() as writer:
+        with self._store.index.writing(power_safe=False) as writer:
             for number, places in rows.items():
-                writer.add_locations(self._targets[number].file.id, places)
+                file = self._targets[number].file.id
+                writer.set_unsynced(file, self._since)
+                writer.add_locations(file, places)
         for number, places in rows.items():
             self._targets[number].written.update(offset for _, offset, _ in places)
+            self._targets[number].unsynced += places
+        waiting = sum(size for target in self._targets.values() for _, _, size in target.unsynced)
+        if waiting >= self._store.config.sync_batch:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Wait until everything written is on the disk, and say so in the index."""
+        for target in self._targets.values():
+            if not target.unsynced or target.fd is None:
+                continue
+            try:
+                with reported(target.file.where, "written"):
+                    sync_data(target.fd)
+            except StoreError:
+                # The kernel has dropped the pages it could not write: none of them can be relied on.
+                with self._store.index.writing() as writer:
+                    for digest, offset, _ in target.unsynced:
+                        writer.drop_location(digest, target.file.id, offset)
+                target.written.difference_update(offset for _, offset, _ in target.unsynced)
+                target.unsynced.clear()
+                raise
+            with self._store.index.writing() as writer:
+                writer.set_synced(target.file.id)
+            target.unsynced.clear()
 
     # --- ending -----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Connections to the index: one writer, a pool of readers, and SQLite's faults translated.
 
-WAL lets readers go on while a transaction is written; `synchronous=FULL` makes a commit last
-through a power cut, so what was committed may be acknowledged. Knows no tables but the schema's version.
+WAL lets readers go on while a transaction is written; with `synchronous=FULL` a commit lasts
+through a power cut. Knows no tables, only the schema's version.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Database:
         self._watcher: sqlite3.Connection | None = None
         with self._translated():
             self._writer = self._connect()
-            with _exclusive(path.with_name(path.name + ".lock")):
+            with self.alone():
                 self._writer.execute("PRAGMA journal_mode = WAL")
                 schema.prepare(self._writer, str(path))
 
@@ -52,9 +52,14 @@ class Database:
                 self._idle.append(connection)
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, durable when the block ends and undone when it raises."""
+    def writing(self, *, power_safe: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction, all of it kept when the block ends and undone when it raises.
+
+        Kept through a crash of the process always; through a power cut if `power_safe`, which waits for the
+        disk. Either way, what a power cut leaves is a prefix of the transactions, in order.
+        """
         with self._write_lock, self._translated():
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if power_safe else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -64,6 +69,12 @@ class Database:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from opening the index, waiting until those that are at it have."""
+        with exclusive(self.path.with_name(self.path.name + ".lock")):
+            yield
 
     def version(self) -> int:
         """A number that changes whenever anybody commits: us, or another process."""
@@ -85,7 +96,6 @@ class Database:
         connection = sqlite3.connect(
             self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(f"PRAGMA cache_size = -{_PAGE_CACHE_KIB}")
         return connection
@@ -115,7 +125,7 @@ def _translate(path: Path, error: sqlite3.Error) -> StoreError:
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock between processes, waiting for it: two that make an index at once must take turns."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -55,6 +55,16 @@ def sync_data(fd: int) -> None:
         os.fdatasync(fd)
 
 
+def boot_id() -> str:
+    """Names this start of the machine: bytes in the page cache are safe while it stays the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        import psutil
+
+        return f"booted at {psutil.boot_time():.0f}"
+
+
 def check_room(directory: Path, needed: int, reserve: int, what: str) -> None:
     """Raise `StoreFull` unless `needed` bytes fit with `reserve` to spare."""
     status = os.statvfs(directory)

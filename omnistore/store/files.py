@@ -19,13 +19,13 @@ from pathlib import Path
 
 from omnistore.block import Block
 from omnistore.chunker.layout import Placement
-from omnistore.cid import CID, DAG_CBOR
+from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.config import Config, make_home
 from omnistore.errors import BlockMissing, DigestMismatch, LocalProtocolError, SourceChanged
 from omnistore.manifest import PartKey
 from omnistore.store.assembly import FileAssembly
 from omnistore.store.database import Database
-from omnistore.store.disk import FileLock
+from omnistore.store.disk import FileLock, boot_id
 from omnistore.store.index import Index, Location, ModelRow, StoredFile, Writer, part_path
 from omnistore.store.interface import Model, ModelStatus
 from omnistore.store.models import checked, choose_model, open_model
@@ -205,7 +205,14 @@ class FileStore:
             _log.warning("%s", error.diagnosis())
 
     def _recover(self) -> None:
-        """Bring the index in line with names that a crash, or a disk that came back, changed."""
+        """Bring the index in line with what a crash, a power cut, or a disk that came back, changed."""
+        now = boot_id()
+        if any(file.unsynced not in (None, now) for _, file in self.index.files()):
+            with self.database.alone():
+                # Asked again: another process may have done it while we waited.
+                for _, file in self.index.files():
+                    if file.unsynced not in (None, now):
+                        self._read_again(file)
         for _, file in self.index.files():
             with suppress(OSError):
                 if file.lost and not file.owned and _looks_as_added(file):
@@ -214,6 +221,25 @@ class FileStore:
                 elif file.owned and not file.where.exists() and other_name(file).exists():
                     with self.index.writing() as writer:
                         writer.set_partial(file.id, not file.partial)
+
+    def _read_again(self, file: StoredFile) -> None:
+        """Forget what a power cut took: the machine stopped before this file was on the disk."""
+        _log.warning("%s was being written when the machine stopped: checking it", file.where)
+        contents = self.index.contents(file.id)
+        gone = [place for place in contents if not still_holds(file, *place)]
+        with self.index.writing() as writer:
+            for offset, _, digest in gone:
+                writer.drop_location(digest, file.id, offset)
+            writer.set_synced(file.id)
+
+
+def still_holds(file: StoredFile, offset: int, length: int, digest: bytes) -> bool:
+    """Whether a place in a file still has a block's bytes."""
+    try:
+        read_location(Location(file, offset, length), CID.of_digest(RAW, digest))
+    except (SourceChanged, DigestMismatch):
+        return False
+    return True
 
 
 def write_nodes(writer: Writer, blocks: Iterable[Block]) -> None:

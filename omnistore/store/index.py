@@ -22,7 +22,7 @@ from omnistore.store.database import Database
 _IN_ONE_QUERY: Final = 500
 """Digests asked for at once: fewer queries, and well under SQLite's limit of variables."""
 _KINDS: Final[Mapping[str, PartKind]] = {kind: kind for kind in get_args(PartKind)}
-_FILE_COLUMNS: Final = "f.id, f.path, f.size, f.mtime_ns, f.inode, f.owned, f.partial, f.lost"
+_FILE_COLUMNS: Final = "f.id, f.path, f.size, f.mtime_ns, f.inode, f.owned, f.partial, f.lost, f.unsynced"
 _PRESENT: Final = (
     "EXISTS (SELECT 1 FROM locations x JOIN files g ON g.id = x.file WHERE x.digest = {} AND g.lost = 0)"
 )
@@ -43,6 +43,8 @@ class StoredFile:
     """Under the home and ours to delete; otherwise the user's own."""
     partial: bool
     lost: bool
+    unsynced: str | None = None
+    """The start of the machine since which it has had writes that a power cut would undo."""
 
     @property
     def where(self) -> Path:
@@ -93,9 +95,12 @@ class Index:
         self._database = database
 
     @contextmanager
-    def writing(self) -> Iterator[Writer]:
-        """One transaction: all of it is durable when the block ends, none of it when it raises."""
-        with self._database.writing() as connection:
+    def writing(self, *, power_safe: bool = True) -> Iterator[Writer]:
+        """One transaction: all of it is kept when the block ends, none of it when it raises.
+
+        Without `power_safe` it outlives the process but perhaps not the machine, and takes no time.
+        """
+        with self._database.writing(power_safe=power_safe) as connection:
             yield Writer(connection)
 
     def has_block(self, digest: bytes) -> bool:
@@ -322,13 +327,23 @@ class Writer:
     def set_lost(self, file: int, lost: bool) -> None:
         self._db.execute("UPDATE files SET lost = ? WHERE id = ?", (lost, file))
 
+    def set_unsynced(self, file: int, since: str) -> None:
+        """Note that a power cut from now on would undo writes."""
+        self._db.execute("UPDATE files SET unsynced = ? WHERE id = ?", (since, file))
+
+    def set_synced(self, file: int) -> None:
+        """Note that everything the index says of a file is on the disk."""
+        self._db.execute("UPDATE files SET unsynced = NULL WHERE id = ?", (file,))
+
     def set_partial(self, file: int, partial: bool) -> None:
         self._db.execute("UPDATE files SET partial = ? WHERE id = ?", (partial, file))
 
 
-def _file(row: tuple[int, str, int, int, int, int, int, int]) -> StoredFile:
-    number, path, size, mtime_ns, inode, owned, partial, lost = row[:8]
-    return StoredFile(number, Path(path), size, mtime_ns, inode, bool(owned), bool(partial), bool(lost))
+def _file(row: tuple[int, str, int, int, int, int, int, int, str | None]) -> StoredFile:
+    number, path, size, mtime_ns, inode, owned, partial, lost, unsynced = row[:9]
+    return StoredFile(
+        number, Path(path), size, mtime_ns, inode, bool(owned), bool(partial), bool(lost), unsynced
+    )
 
 
 def _model(row: tuple[int, bytes, bytes, str]) -> ModelRow:

@@ -78,9 +78,11 @@ class Assembly(Protocol):
         ...
 
     def write(self, blocks: Sequence[Block]) -> None:
-        """Put verified blocks at every place they belong, durably. Raises `StoreFull`.
+        """Put verified blocks at every place they belong. Raises `StoreFull`.
 
-        A block that belongs nowhere raises `LocalProtocolError`.
+        What it returned from outlives the process; from `finish` and `close` on, also a power cut. A block
+        that belongs nowhere raises `LocalProtocolError`; one of another length than the manifest says,
+        `MalformedManifest`.
         """
         ...
 

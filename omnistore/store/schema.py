@@ -17,6 +17,7 @@ VERSION: Final = 1
 _FIRST: Final = (
     # A GGUF file: the user's own (referenced in place) or ours (`owned`). `path` is the name it has when
     # whole; while `partial` it is called `path` + '.part'. `lost`: gone; its locations do not count.
+    # `unsynced`: since which start of the machine it has had writes that a power cut would undo.
     """CREATE TABLE files (
         id INTEGER PRIMARY KEY,
         path TEXT NOT NULL UNIQUE,
@@ -25,7 +26,8 @@ _FIRST: Final = (
         inode INTEGER NOT NULL,
         owned INTEGER NOT NULL,
         partial INTEGER NOT NULL DEFAULT 0,
-        lost INTEGER NOT NULL DEFAULT 0
+        lost INTEGER NOT NULL DEFAULT 0,
+        unsynced TEXT
     )""",
     """CREATE TABLE locations (
         digest BLOB NOT NULL,

@@ -27,7 +27,8 @@ from omnistore.errors import (
     StoreLocked,
 )
 from omnistore.manifest import PartKey
-from omnistore.store import disk
+from omnistore.store import assembly as assembly_module
+from omnistore.store import disk, files
 from omnistore.store.export import export
 from omnistore.store.files import FileStore
 from omnistore.store.index import part_path
@@ -342,6 +343,77 @@ def test_output_is_never_overwritten(store: FileStore, made: Sample, tmp_path: P
     assert path == tmp_path / "tiny.gguf"
     assert list(assembly.finish(tmp_path)) == [path]
     assembly.close()
+
+
+def interrupted(store: FileStore, made: Sample) -> Path:
+    """Write some blocks as a process does that then dies; the file they are in."""
+    assembly = begin(store, made)
+    assembly.write(made.blocks()[:8])
+    (path,) = store.status(made.signed.cid).files
+    assert store.index.files()[0][1].unsynced == disk.boot_id()
+    # What the death of a process lets go of, and nothing else.
+    assembly._close_targets()
+    assembly._model_lock.release()
+    return path
+
+
+def test_a_power_cut_takes_only_what_it_took(
+    store: FileStore, made: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = interrupted(store, made)
+    lost = made.blocks()[3]
+    place = next(place for place in made.placements if place.cid == lost.cid)
+    with path.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(place.size))
+    monkeypatch.setattr(files, "boot_id", lambda: "another start")
+    store = reopened(store)
+    assert not store.has(lost.cid)
+    assert store.held(block.cid for block in made.blocks()) == {
+        block.cid for block in made.blocks()[:8] if block.cid != lost.cid
+    }
+    assert store.index.files()[0][1].unsynced is None
+    fill(store, made)
+    assert store.status(made.signed.cid).files[0].read_bytes() == made.files["tiny.gguf"]
+    store.close()
+
+
+def test_without_a_power_cut_nothing_is_read_again(
+    store: FileStore, made: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(store, made)
+    monkeypatch.setattr(files, "still_holds", lambda *_: pytest.fail("was read again"))
+    store = reopened(store)
+    assert len(store.held(block.cid for block in made.blocks())) == 8
+    store.close()
+
+
+def test_what_is_closed_is_on_the_disk(store: FileStore, made: Sample) -> None:
+    assembly = begin(store, made)
+    assembly.write(made.blocks()[:8])
+    assembly.close()
+    assert store.index.files()[0][1].unsynced is None
+
+
+def test_what_the_disk_refused_late_is_fetched_again(
+    store: FileStore, made: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembly = begin(store, made)
+    assembly.write(made.blocks())
+
+    def refused(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assembly_module, "sync_data", refused)
+        with pytest.raises(StoreError, match="Input/output error"):
+            assembly.finish()
+    assert {place.cid for place in assembly.missing()} == {block.cid for block in made.blocks()}
+    assert not any(store.has(block.cid) for block in made.blocks())
+    assembly.write(made.blocks())
+    assembly.finish()
+    assembly.close()
+    assert store.status(made.signed.cid).files[0].read_bytes() == made.files["tiny.gguf"]
 
 
 # --- full disks -----------------------------------------------------------------------------------
