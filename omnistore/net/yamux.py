@@ -1,7 +1,7 @@
-"""Yamux as py-libp2p 0.8.1 has it, with five faults mended (bytes on the wire unchanged).
+"""Yamux as py-libp2p 0.8.1 has it, with six faults mended (bytes on the wire unchanged).
 
-- A full frame (65,524 bytes and its header) spills into a second Noise record: frames are cut so
-  that one frame is one record. With the next, bulk transfers run about half as fast again.
+- A full frame (65,524 bytes and its header) spills into a second Noise record, and each frame is
+  read and written on its own: here one frame is one record, and `records` moves them in bulk.
 - A sender at a zero window polls every 10 ms: here it is woken by the window update.
 - A consumer that stalls for 5 s gets its stream torn down: here the sender waits, since a stalled
   disk is no fault, and only a dead connection ends the wait.
@@ -9,15 +9,17 @@
   connection: a frame once begun is finished, or the connection is closed.
 - A peer that stopped answering is never noticed: each connection is pinged, and closed when no
   answer comes (`Liveness`).
+- A connection lost in the middle of a frame ends that frame's stream as if the peer had.
 
-Deliberately not here: an own record layer and muxer. Everything touches private names of
-py-libp2p, and only in this file; tests/system/test_upstream.py fails when upstream mends one.
+Deliberately not here: a muxer of our own. Everything touches private names of py-libp2p, and
+only in this file; tests/system/test_upstream.py fails when upstream mends one.
 """
 
 from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,11 +28,15 @@ from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux import yamux as upstream
 
+from omnistore.net.records import MAX_PLAINTEXT, Records
+
 logger = logging.getLogger(__name__)
 
 HEADER: Final = struct.Struct("!BBHII")
-MAX_PAYLOAD: Final = 65535 - 16 - HEADER.size
+MAX_PAYLOAD: Final = MAX_PLAINTEXT - HEADER.size
 """Bytes of one data frame: with its header, the most plaintext that one Noise record carries."""
+BATCH: Final = 4
+"""Full frames sent in one go; more would keep other streams waiting."""
 _TYPE_DATA: Final = 0
 _TYPE_PING: Final = 2
 _FLAG_SYN: Final = 1
@@ -46,7 +52,10 @@ class Liveness:
     """Seconds that a ping, or one frame on its way into the socket, may take."""
 
 
-class LiveYamuxStream(upstream.YamuxStream):  # type: ignore[misc]  # libp2p is untyped to us
+_UpstreamYamuxStream: Any = upstream.YamuxStream
+
+
+class LiveYamuxStream(_UpstreamYamuxStream):  # type: ignore[misc]  # libp2p is untyped to us
     """A stream whose sender sleeps until the window opens."""
 
     def __init__(self, stream_id: int, conn: Any, is_initiator: bool) -> None:
@@ -85,29 +94,55 @@ class LiveYamuxStream(upstream.YamuxStream):  # type: ignore[misc]  # libp2p is 
                 await self._waiting.park()
             if self.closed or self.send_closed:
                 raise MuxedStreamError("stream closed while sending")
-            size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
-            self.send_window -= size
-            header = HEADER.pack(0, _TYPE_DATA, 0, self.stream_id, size)
-            await self.conn._write_frame(b"".join((header, view[sent : sent + size])))
-            sent += size
+            frames: list[bytes] = []
+            while len(frames) < BATCH and self.send_window > 0 and sent < len(view):
+                size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
+                self.send_window -= size
+                header = HEADER.pack(0, _TYPE_DATA, 0, self.stream_id, size)
+                frames.append(b"".join((header, view[sent : sent + size])))
+                sent += size
+            await self.conn.write_frames(frames)
 
 
 class LiveYamux(upstream.Yamux):  # type: ignore[misc]  # libp2p is untyped to us
     """A connection that finishes its frames and notices when the peer is gone."""
 
-    liveness = Liveness()
     _ping_id: int
 
-    async def _write_frame(self, data: bytes) -> None:
+    def __init__(self, session: Any, peer_id: Any, liveness: Liveness) -> None:
+        super().__init__(session, peer_id, is_initiator=session.is_initiator)
+        self.liveness = liveness
+        self._records = Records(session)
+        # Upstream's reader asks the session for exactly so many bytes.
+        session.read = self._records.read
+
+    async def write_frames(self, frames: Sequence[bytes]) -> None:
+        """Send frames in one go."""
         # Waiting for the turn may be cancelled; a frame half in the socket may not.
         async with self._write_lock:
             deadline = trio.current_time() + self.liveness.patience
             with trio.CancelScope(deadline=deadline, shield=True) as begun:
-                await self.secured_conn.write(data)
+                await self._records.write(frames)
             if begun.cancelled_caught:
                 await self._abandon("it takes no more bytes")
                 raise MuxedStreamError("connection closed: the peer takes no more bytes")
         await trio.lowlevel.checkpoint()
+
+    async def _write_frame(self, data: bytes) -> None:
+        await self.write_frames((data,))
+
+    async def _read_data_body(self, length: int) -> bytes | memoryview:
+        data = self._records.take(length)
+        if data is not None:
+            return data
+        try:
+            with trio.fail_after(self.liveness.patience):
+                return await self._records.read(length)
+        except BaseException:
+            # Upstream marks this one stream as ended, as if the peer had, before it notices the rest.
+            for stream in self.streams.values():
+                stream.reset_received = True
+            raise
 
     async def _measure_rtt_loop(self) -> None:
         while not self.event_shutting_down.is_set():
@@ -147,8 +182,7 @@ class LiveMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # li
     async def new_conn(self, conn: Any, peer_id: Any) -> Any:
         """Negotiate Yamux on a secured connection."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        muxed = LiveYamux(conn, peer_id, is_initiator=conn.is_initiator)
-        muxed.liveness = self._liveness
+        muxed = LiveYamux(conn, peer_id, self._liveness)
         return self._annotate_connection(muxed, conn, protocol)
 
 
@@ -156,5 +190,11 @@ def install(upgrader: Any, liveness: Liveness) -> None:
     """Make every connection of this host one of ours."""
     old = upgrader.muxer_multistream
     upgrader.muxer_multistream = LiveMuxer(liveness, old.transports, old.negotiate_timeout)
-    # Upstream's reader makes the streams by this name; ours behaves as its own in all but the above.
-    upstream.YamuxStream = LiveYamuxStream
+    # Upstream's reader makes the streams by this name, for connections of either kind.
+    upstream.YamuxStream = _stream_of
+
+
+def _stream_of(stream_id: int, conn: Any, is_initiator: bool) -> Any:
+    """A stream of the kind its connection needs: a host that is not ours keeps upstream's."""
+    kind = LiveYamuxStream if isinstance(conn, LiveYamux) else _UpstreamYamuxStream
+    return kind(stream_id, conn, is_initiator)

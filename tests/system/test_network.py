@@ -223,6 +223,19 @@ async def test_a_killed_peer_is_an_error_not_an_end(network: Libp2pNetwork) -> N
 
 
 @pytest.mark.trio
+async def test_a_peer_killed_in_the_middle_of_a_frame_is_an_error_too(network: Libp2pNetwork) -> None:
+    """Never an empty receive, which would mean that the peer was done."""
+    with peer_process() as other:
+        stream = await network.open_stream(other.provider, "/test/source")
+        await stream.receive_exactly(5_000_000)
+        other.process.kill()
+        with pytest.raises(PeerUnreachable), trio.fail_after(10):
+            while await stream.receive_some(1 << 16):
+                pass
+            raise AssertionError("the stream seemed to end")
+
+
+@pytest.mark.trio
 async def test_a_peer_that_comes_back_is_reached_at_once(network: Libp2pNetwork) -> None:
     """The library would refuse it for a minute after one failed dial."""
     with peer_process() as other:
