@@ -251,17 +251,24 @@ class Swarm:
         stream = await self._network.open_stream(provider, PROTOCOL)
         peer = provider.peer
         link = Link(stream, trio.CancelScope())
+        fault: PeerUnreachable | None = None
         try:
             with link.scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, link, nursery.cancel_scope)
-                    await self._read(peer, link)
+                    try:
+                        await self._read(peer, link)
+                    except PeerUnreachable as error:
+                        # Raised below: a nursery would wrap it into a group.
+                        fault = error
                     nursery.cancel_scope.cancel()
         finally:
             if self._links.get(peer) is link:
                 del self._links[peer]
                 self._dispatch(e.PeerLeft(peer))
             await stream.reset()
+        if fault is not None:
+            raise fault
 
     async def _write(self, link: Link, scope: trio.CancelScope) -> None:
         try:
