@@ -18,6 +18,19 @@ PUBLIC_KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x20))
 """Protobuf of libp2p's PublicKey{Type: Ed25519, Data: 32 bytes}, up to the data."""
 SEED_SIZE: Final = 32
 
+_FIELD: Final = 2**255 - 19
+# y of the points of order 1, 2, 4 and 8. A key there has signatures that verify for most messages,
+# so "signed by" would mean nobody; libraries differ in whether they notice.
+_SMALL_ORDER: Final = frozenset(
+    {
+        0,
+        1,
+        _FIELD - 1,
+        2707385501144840649318225287225658788936804267575313519463743609750303402022,
+        _FIELD - 2707385501144840649318225287225658788936804267575313519463743609750303402022,
+    }
+)
+
 _BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
@@ -36,7 +49,11 @@ class PublicKey:
                 "the publisher's key is not an Ed25519 public key in libp2p's protobuf form",
                 remedy="Only Ed25519 publishers are supported.",
             )
-        return cls(bytes(data[len(PUBLIC_KEY_PREFIX) :]))
+        raw = bytes(data[len(PUBLIC_KEY_PREFIX) :])
+        y = int.from_bytes(raw, "little") & (1 << 255) - 1
+        if y >= _FIELD or y in _SMALL_ORDER:
+            raise BadSignature("the publisher's key is not one that anybody can hold: a point of small order")
+        return cls(raw)
 
     @property
     def protobuf(self) -> bytes:
