@@ -1,9 +1,9 @@
 """The coordinator: who takes part, who holds what, and what to do when somebody is lost.
 
 Asks this machine and the lenders for their profiles, plans, has every stage loaded (each lender
-fetches its own layers), and answers logits. When a stage is lost it plans again without that peer and
-feeds the history from the start: the caller of `logits` only waits longer. The rules of who is used are
-`_wishes`; the arithmetic is `omninfer.plan`'s. Implements spec/06-pipeline, section "Coordinating".
+fetches its own layers), and answers logits. When a stage is lost it plans again with those who still
+answer and feeds the history from the start: the caller of `logits` only waits longer. Sampling is not its
+business, nor the arithmetic of plans. Implements spec/06-pipeline, section "Coordinating".
 """
 
 from __future__ import annotations
@@ -159,9 +159,10 @@ class Coordinator:
             self._pipeline = None
 
     async def _recover(self, pipeline: Pipeline, error: StageLost) -> None:
-        self._told.note(f"{error.message}; planning again without it")
+        self._told.note(f"{error.message}; planning again")
+        # Once may be a nap or a broken cable: whoever answers again is asked again. Twice is a habit.
+        self._excluded |= pipeline.lost & set(self.losses)
         self.losses += sorted(pipeline.lost)
-        self._excluded |= pipeline.lost
         self._pipeline = None
         await pipeline.aclose()
 
@@ -194,7 +195,7 @@ class Coordinator:
         for addr in self._options.lenders:
             provider = provider_at(addr)
             candidates[provider.peer] = (provider, True)
-        if self._site.routing is not None and self._wishes.fixed is None:
+        if self._site.routing is not None:
             for provider in await find_lenders(self._site.routing):
                 candidates.setdefault(provider.peer, (provider, False))
 
@@ -234,6 +235,11 @@ class Coordinator:
         if not ordered:
             raise PlanInfeasible(
                 "no machine lends compute and --layers none keeps this one out of it",
+                remedy="Name a lender with --with MADDR; there, run: omni seed --compute --allow any",
+            )
+        if fixed is not None and len(ordered) == 1 and fixed != (0, self.about.spec.layers):
+            raise PlanInfeasible(
+                f"layers {fixed[0]}-{fixed[1] - 1} are here, and nobody lends compute for the others",
                 remedy="Name a lender with --with MADDR; there, run: omni seed --compute --allow any",
             )
         if fixed is not None:

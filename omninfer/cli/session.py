@@ -106,7 +106,7 @@ class Session:
     def _progress(self, peer: str, progress: Progress) -> None:
         """Called from any thread, often."""
         key, now = (peer, progress.phase), time.monotonic()
-        if progress.total == 0 or now - self._told.get(key, 0.0) < _TELL_EVERY:
+        if progress.total == 0 or now - self._told.setdefault(key, now) < _TELL_EVERY:
             return
         self._told[key] = now
         self.output.event(

@@ -93,6 +93,15 @@ async def test_layers_say_what_this_machine_holds(noise_file: Path, greedy: list
             assert stages(coordinator) == [("me", 0, 5), ("a", 5, 6)]
 
 
+async def test_a_range_here_and_nobody_for_the_rest_is_said(noise_file: Path) -> None:
+    async with cluster(noise_file) as one, one.coordinate(with_(layers="0-1")) as coordinator:
+        with pytest.raises(PlanInfeasible, match="nobody lends compute for the others"):
+            await coordinator.ready()
+    async with cluster(noise_file) as one, one.coordinate(with_(layers="none")) as coordinator:
+        with pytest.raises(PlanInfeasible, match="no machine lends compute"):
+            await coordinator.ready()
+
+
 @pytest.mark.parametrize("layers", ["some", "3-", "4-2", "0-6", "embed", "-1"])
 async def test_layers_that_mean_nothing_are_refused(noise_file: Path, layers: str) -> None:
     async with cluster(noise_file) as one:
@@ -333,3 +342,19 @@ async def test_garbage_is_answered_with_an_error_and_others_go_on(
                 received += data
             assert b"a frame of" in received
             assert await greedily(coordinator, history, 3) == greedy[:11]
+
+
+async def test_a_lender_that_comes_back_is_used_again_but_not_a_third_time(
+    noise_file: Path, greedy: list[int]
+) -> None:
+    async with cluster(noise_file) as one:
+        lender = one.lend("a")
+        async with one.coordinate(with_("a")) as coordinator:
+            history = await greedily(coordinator, greedy[:5], 3)
+            for expected in ({"me", "a"}, {"me"}):
+                lender.node.leave()
+                lender.node.come_back()
+                history = await greedily(coordinator, history, 3)
+                assert {peer for peer, _, _ in stages(coordinator)} == expected
+            assert history == greedy[:14]
+            assert coordinator.losses == ["a", "a"]
