@@ -130,7 +130,7 @@ class _Pipe:
     sender: VirtualNode
     receiver: VirtualNode
     pieces: deque[tuple[float, bytes]] = field(default_factory=deque)
-    """(when it arrives, bytes)."""
+    """(when it arrives, bytes); no bytes where the stream is reset instead."""
     unread: int = 0
     ended: bool = False
     broken: bool = False
@@ -161,13 +161,12 @@ class VirtualStream:
             piece = bytes(data[start : start + PIECE])
             while pipe.unread >= self.local.link.buffer and not pipe.broken:
                 await pipe.changed.park()
-            if network.rng.random() < self.local.link.loss:
-                self.break_()
             if pipe.broken or pipe.ended:
                 raise PeerUnreachable(f"the stream to {self.peer} broke while sending")
             now = trio.current_time()
             self.local.free_at = max(now, self.local.free_at) + len(piece) / self.local.link.bandwidth
-            pipe.pieces.append((self.local.free_at + self.local.link.delay, piece))
+            lost = network.rng.random() < self.local.link.loss
+            pipe.pieces.append((self.local.free_at + self.local.link.delay, b"" if lost else piece))
             pipe.unread += len(piece)
             pipe.changed.unpark_all()
 
@@ -179,6 +178,9 @@ class VirtualStream:
                 raise PeerUnreachable(f"the stream to {self.peer} broke while receiving")
             if pipe.pieces and not self.remote.frozen:
                 arrives, data = pipe.pieces[0]
+                if arrives <= trio.current_time() and not data:
+                    self.break_()
+                    continue
                 if arrives <= trio.current_time():
                     return self._read(data, max_bytes)
                 with trio.move_on_at(arrives):

@@ -133,7 +133,7 @@ def test_some_layers_only(model: Model) -> None:
 
         options = FetchOptions(select, at("a"))
         report = await fetch_model(network.node("me"), None, mine, cid, options)
-        wanted = {PartKey("header"), PartKey("shared"), PartKey("layer", 1), PartKey("layer", 2)}
+        wanted = {PartKey("header"), PartKey("layer", 1), PartKey("layer", 2)}
         assert report.bytes_fetched == distinct(seed, cid, wanted)
         assert mine.status(cid).complete == wanted
 
