@@ -23,6 +23,7 @@ from omnistore.config import Config, load_key
 from omnistore.dht.service import DHTService
 from omnistore.errors import BadConfig, PeerUnreachable
 from omnistore.keys import PrivateKey
+from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.store.files import FileStore
 from omnistore.transfer.server import ServeEvent, serve_transfer
 
@@ -134,6 +135,8 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
     from omnistore.net.kademlia import open_kademlia
     from omnistore.net.libp2p import NetworkOptions, open_network
 
+    for addr in options.bootstrap:
+        parse_dialable_untrusted(addr)
     key = load_key(config.home)
     store = await trio.to_thread.run_sync(FileStore, config)
     try:

@@ -113,6 +113,8 @@ def _report(output: Output, event: NodeEvent) -> None:
     from omnistore.transfer.server import Served, Unavailable
 
     match event:
+        case Announced(cid, 0):
+            output.event("not_provided", cid=cid)
         case Announced(cid, copies):
             output.event("provided", cid=cid, copies=copies)
         case Joined(addr, None):

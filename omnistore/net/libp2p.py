@@ -54,7 +54,7 @@ ADDRESS_TTL: Final = 3600
 """Seconds that an address we were given is remembered."""
 RECEIVE_SIZE: Final = 1 << 20
 """Most bytes asked from the muxer at once: a block's worth."""
-CLOSE_PATIENCE: Final = 1.0
+CLOSE_PATIENCE: Final = 0.5
 """Seconds for closing connections in good order; then they are cut."""
 
 
@@ -283,8 +283,11 @@ def _check_listening(host: Any, wanted: Sequence[Address]) -> None:
 
 async def _close_host(host: Any) -> None:
     """Close all connections at once (one after another each takes 0.2 s), then the listeners."""
+    connections = host.get_network().get_connections()
     with trio.move_on_after(CLOSE_PATIENCE):
-        await _close_all(host.get_network().get_connections())
+        await _close_all(connections)
+    for conn in connections:
+        await conn.muxed_conn.secured_conn.close()
     with trio.move_on_after(CLOSE_PATIENCE):
         await host.close()
     for listener in list(host.get_network().listeners.values()):

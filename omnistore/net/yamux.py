@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux import yamux as upstream
@@ -113,20 +114,43 @@ class LiveYamux(upstream.Yamux):  # type: ignore[misc]  # libp2p is untyped to u
         super().__init__(session, peer_id, is_initiator=session.is_initiator)
         self.liveness = liveness
         self._records = Records(session)
+        self._turn = trio.Semaphore(1)
+        self._write_error: ConnectionClosedError | None = None
         # Upstream's reader asks the session for exactly so many bytes.
         session.read = self._records.read
 
     async def write_frames(self, frames: Sequence[bytes]) -> None:
-        """Send frames in one go."""
-        # Waiting for the turn may be cancelled; a frame half in the socket may not.
-        async with self._write_lock:
-            deadline = trio.current_time() + self.liveness.patience
-            with trio.CancelScope(deadline=deadline, shield=True) as begun:
+        """Send frames in one go. Cancelled, it returns at once and the frames leave all the same.
+
+        Raises `ConnectionClosedError`, which upstream takes for an ordinary end.
+        """
+        await self._turn.acquire()
+        written = trio.Event()
+        try:
+            self._nursery.start_soon(self._write_now, frames, written)
+        except (AttributeError, RuntimeError):
+            self._turn.release()
+            raise ConnectionClosedError("the connection is closed") from None
+        await written.wait()
+        if self._write_error is not None:
+            raise self._write_error
+
+    async def _write_now(self, frames: Sequence[bytes], written: trio.Event) -> None:
+        """Finish what was begun, in a task of the connection's own: half a record would break it."""
+        finished = False
+        try:
+            with trio.move_on_after(self.liveness.patience):
                 await self._records.write(frames)
-            if begun.cancelled_caught:
+                finished = True
+            if not finished:
                 await self._abandon("it takes no more bytes")
-                raise MuxedStreamError("connection closed: the peer takes no more bytes")
-        await trio.lowlevel.checkpoint()
+        except Exception as error:  # noqa: BLE001  # upstream's sockets raise what they like; any of it ends us
+            logger.debug("writing to %s failed: %r", self.peer_id, error)
+        finally:
+            if not finished:
+                self._write_error = ConnectionClosedError("the connection broke")
+            self._turn.release()
+            written.set()
 
     async def _write_frame(self, data: bytes) -> None:
         await self.write_frames((data,))

@@ -339,6 +339,19 @@ async def test_leaving_frees_the_port_within_a_second() -> None:
 
 
 @pytest.mark.trio
+async def test_leaving_does_not_wait_for_a_peer_that_stopped() -> None:
+    with peer_process() as other:
+        async with opened(options=NetworkOptions()) as network, trio.open_nursery() as nursery:
+            stream = await network.open_stream(other.provider, "/test/deaf")
+            other.process.send_signal(signal.SIGSTOP)
+            nursery.start_soon(stream.send_all, bytes(100_000_000))
+            await trio.sleep(0.5)
+            before = trio.current_time()
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - before < 2
+
+
+@pytest.mark.trio
 async def test_an_error_in_the_body_comes_out_as_it_is() -> None:
     with pytest.raises(ZeroDivisionError):
         async with opened():
