@@ -29,7 +29,7 @@ from omnistore.transfer.client import (
     provider_at,
 )
 
-_EVENT_EVERY: Final = 0.5
+_EVENT_EVERY: Final = 0.2
 """Seconds between two progress events of `--json`."""
 
 

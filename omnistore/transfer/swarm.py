@@ -61,7 +61,7 @@ class SwarmLimits:
     """Seconds before a peer that went away is dialled again: doubles while it delivers nothing."""
     redial_most: float = 10.0
     """Well under the session's `lonely`, or the only provider could be waited for too long."""
-    dials: int = 4
+    dials: int = 3
     """Dials without success after which a peer that never answered is no longer hoped for."""
 
 
