@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from omnistore.block import Block
@@ -122,6 +121,7 @@ class FileStore:
             writer.pin(row.id, status.pinned if parts is None else parts, False)
 
     def announced(self) -> Collection[CID]:
+        self._look_at_files()
         found = {CID.of_digest(DAG_CBOR, digest) for digest in self.index.whole_parts()}
         for row in self.index.models():
             found |= {row.cid, row.manifest}
@@ -213,14 +213,19 @@ class FileStore:
                 for _, file in self.index.files():
                     if file.unsynced not in (None, now):
                         self._read_again(file)
+        self._look_at_files()
+
+    def _look_at_files(self) -> None:
+        """Follow what became of files: gone, back again, or renamed just before a crash."""
         for _, file in self.index.files():
-            with suppress(OSError):
-                if file.lost and not file.owned and _looks_as_added(file):
-                    with self.index.writing() as writer:
-                        writer.set_lost(file.id, False)
-                elif file.owned and not file.where.exists() and other_name(file).exists():
-                    with self.index.writing() as writer:
-                        writer.set_partial(file.id, not file.partial)
+            there = file.where.exists()
+            if file.owned and not there and other_name(file).exists():
+                with self.index.writing() as writer:
+                    writer.set_partial(file.id, not file.partial)
+            elif not file.owned and file.lost == there:
+                with self.index.writing() as writer:
+                    # What is back under its name is read and checked like any other file.
+                    writer.set_lost(file.id, not there)
 
     def _read_again(self, file: StoredFile) -> None:
         """Forget what a power cut took: the machine stopped before this file was on the disk."""
@@ -298,10 +303,6 @@ def _changed(file: StoredFile, what: str) -> SourceChanged:
         else f"Put it back, or run `omni add {file.path}` (or its new path) again."
     )
     return SourceChanged(f"{file.where} {what}", remedy=remedy)
-
-
-def _looks_as_added(file: StoredFile) -> bool:
-    return _stamp(file.path.stat()) == (file.size, file.mtime_ns, file.inode)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

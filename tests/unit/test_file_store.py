@@ -200,6 +200,15 @@ def test_a_file_that_moved(
     store.close()
 
 
+def test_what_is_announced_follows_the_files(store: FileStore, made: Sample, source: Path) -> None:
+    add(store, source)
+    away = source.with_name("away.gguf")
+    source.rename(away)
+    assert set(store.announced()) == {made.signed.cid, made.bare.cid}
+    away.rename(source)
+    assert set(store.announced()) == {node.cid for node in made.nodes}
+
+
 def test_a_file_that_changed_loses_only_what_changed(store: FileStore, made: Sample, source: Path) -> None:
     found = add(store, source)
     offset = len(made.files["tiny.gguf"]) - 1
