@@ -335,7 +335,7 @@ class Text(str):
         object(), {1, 2}, frozenset(), bytearray(b"x"), memoryview(b"x"), 1j, Text("x"), {Text("x"): 0},
         cbor2.undefined, cbor2.CBORTag(42, b"\0"), cbor2.CBORSimpleValue(16),
     ],
-    ids=ascii,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_is_not_in_the_data_model_is_not_encoded(value: Value) -> None:
     with pytest.raises(LocalProtocolError, match="can not encode"):
