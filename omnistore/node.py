@@ -153,10 +153,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             if options.server:
                 nursery.start_soon(routing.run)
                 nursery.start_soon(node.watch)
-                for addr in options.bootstrap:
-                    nursery.start_soon(_stay_joined, node, kademlia, addr)
-            else:
-                await _join_once(node, kademlia)
+            await _join_all(node, kademlia)
             yield node
             nursery.cancel_scope.cancel()
     finally:
@@ -177,51 +174,49 @@ async def _join(node: Node, kademlia: KademliaNode, addr: str) -> None:
         )
 
 
-async def _stay_joined(node: Node, kademlia: KademliaNode, addr: str) -> None:
-    """Reach a bootstrap peer, and again whenever the connection is lost."""
+async def _stay_joined(node: Node, kademlia: KademliaNode, addr: str, tell: Callable[[Joined], None]) -> None:
+    """Reach a bootstrap peer, and again whenever the connection is lost; tell how each try ended."""
     wait = REJOIN_FIRST
     peer = addr.rpartition("/")[2]
+    if peer == node.peer_id:
+        tell(Joined(addr, PeerUnreachable(f"{addr} is the node of this home itself")))
+        return
     while True:
-        if peer in (node.peer_id, *node.network.peers()):
+        if peer in node.network.peers():
             await trio.sleep(LOOK_EVERY)
             continue
         try:
             await _join(node, kademlia, addr)
         except PeerUnreachable as error:
-            node.options.on_event(Joined(addr, error))
+            tell(Joined(addr, error))
             await trio.sleep(wait)
             wait = min(2 * wait, REJOIN_MOST)
         else:
             wait = REJOIN_FIRST
-            node.options.on_event(Joined(addr))
+            tell(Joined(addr))
+            if node.options.server:
+                await kademlia.refresh()
 
 
-async def _join_once(node: Node, kademlia: KademliaNode) -> None:
-    """Try every bootstrap peer at once; return when the first answered. Raises when none did."""
-    if not node.options.bootstrap:
-        return
-    send, receive = trio.open_memory_channel[PeerUnreachable | None](math.inf)
+async def _join_all(node: Node, kademlia: KademliaNode) -> None:
+    """Join through every bootstrap peer. A client waits for one of them; raises when none answers."""
+    addrs = set(node.options.bootstrap)
+    send, receive = trio.open_memory_channel[Joined](math.inf)
 
-    async def attempt(addr: str) -> None:
-        try:
-            await _join(node, kademlia, addr)
-        except PeerUnreachable as error:
-            node.options.on_event(Joined(addr, error))
-            send.send_nowait(error)
-        else:
-            node.options.on_event(Joined(addr))
-            send.send_nowait(None)
+    def tell(event: Joined) -> None:
+        node.options.on_event(event)
+        send.send_nowait(event)
 
-    for addr in node.options.bootstrap:
-        node.nursery.start_soon(attempt, addr)
-    failures = []
-    for _ in node.options.bootstrap:
-        failure = await receive.receive()
-        if failure is None:
+    for addr in addrs:
+        node.nursery.start_soon(_stay_joined, node, kademlia, addr, tell)
+    failures: dict[str, PeerUnreachable] = {}
+    while not node.options.server and len(failures) < len(addrs):
+        event = await receive.receive()
+        if event.error is None:
             return
-        failures.append(failure)
-    if not node.options.alone_ok:
+        failures[event.addr] = event.error
+    if failures and not node.options.alone_ok:
         raise PeerUnreachable(
-            "no bootstrap peer answers: " + "; ".join(failure.message for failure in failures),
+            "no bootstrap peer answers: " + "; ".join(failure.message for failure in failures.values()),
             remedy="Check that it runs, and the address that `omni seed` printed there.",
         )

@@ -53,6 +53,10 @@ class Kademlia(Protocol):
         """ADD_PROVIDER for ourselves. Raises `PeerUnreachable` or `RemoteProtocolError`."""
         ...
 
+    def drop_peer(self, peer: str) -> None:
+        """A peer did not answer: begin no lookup with it, unless it is still connected."""
+        ...
+
     def on_peer(self, callback: Callable[[], None]) -> None:
         """Call back whenever a peer that keeps records connects."""
         ...

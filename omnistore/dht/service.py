@@ -144,4 +144,5 @@ class DHTService:
                 return await self.node.ask_providers(peer, key)
         except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as error:
             logger.debug("%s did not answer a question: %r", peer.peer, error)
+            self.node.drop_peer(peer.peer)
             return None

@@ -88,6 +88,15 @@ class KademliaNode:
         """Undo `keep_own`."""
         self.dht.provider_store.providers.get(key, {}).pop(self.peer_id, None)
 
+    def drop_peer(self, peer: str) -> None:
+        """A peer did not answer: begin no lookup with it, unless it is still connected."""
+        if peer not in self.network.peers():
+            self.dht.routing_table.remove_peer(ID.from_base58(peer))
+
+    async def refresh(self) -> None:
+        """Fill the routing table from what those in it know; upstream does so every ten minutes."""
+        await self.dht.refresh_routing_table()
+
     async def ask_providers(self, peer: Provider, key: bytes) -> Answer:
         """GET_PROVIDERS. Raises `PeerUnreachable` or `RemoteProtocolError`."""
         question = Message(type=Message.MessageType.GET_PROVIDERS, key=key)

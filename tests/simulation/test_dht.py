@@ -52,6 +52,10 @@ class SimulatedNode:
     def forget_own(self, key: bytes) -> None:
         self.records.get(key, {}).pop(self.peer_id, None)
 
+    def drop_peer(self, peer: str) -> None:
+        if peer in self.knows:
+            self.knows.remove(peer)
+
     def on_peer(self, callback: Callable[[], None]) -> None:
         self.callbacks.append(callback)
 

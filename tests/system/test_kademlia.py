@@ -111,6 +111,19 @@ async def test_whoever_connects_is_met_by_both_sides() -> None:
 
 
 @pytest.mark.trio
+async def test_a_newcomer_learns_of_others_and_forgets_who_is_gone() -> None:
+    async with member() as middle, member() as newcomer:
+        async with member() as passing:
+            await join(passing, middle)
+            await join(newcomer, middle)
+            await newcomer.refresh()
+            assert table(newcomer) == {middle.peer_id, passing.peer_id}
+        await until(lambda: passing.peer_id not in newcomer.network.peers())
+        assert await DHTService(newcomer).find_providers(some_cid()) == []
+        assert table(newcomer) == {middle.peer_id}
+
+
+@pytest.mark.trio
 async def test_records_for_others_are_bounded() -> None:
     async with member() as keeper, member() as sender:
         await join(sender, keeper)

@@ -159,6 +159,19 @@ def test_a_port_in_use_is_a_usage_error(
     assert json.loads(out)["error"] == "BadConfig"
 
 
+def test_a_client_does_not_join_through_its_own_home(start_seed: StartSeed, home: Path) -> None:
+    seed = start_seed(home)
+
+    async def join(alone_ok: bool) -> None:
+        with trio.fail_after(10):
+            async with open_node(Config(home), NodeOptions(bootstrap=[seed.addr], alone_ok=alone_ok)):
+                pass
+
+    with pytest.raises(PeerUnreachable, match="itself"):
+        trio.run(join, False)
+    trio.run(join, True)
+
+
 @pytest.mark.parametrize(
     ("args", "culprit"),
     [
