@@ -19,7 +19,7 @@ import trio
 from numpy.typing import NDArray
 
 from omninfer.engines import Stage, StageSpec, pick_engine
-from omninfer.frames import LIMITS, Load, Progress, Source
+from omninfer.frames import LIMITS, Load, Progress
 from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
 from omninfer.pipeline import LocalStage, Pipeline, RunningStage
 from omninfer.plan import Machine, ModelCosts, Plan, PlannedStage, make_plan
@@ -49,7 +49,7 @@ class RunOptions:
     """`auto`, `all` (here alone), `none` (no weights here), or the range that this machine holds."""
     lenders: tuple[str, ...] = ()
     """Multiaddrs of machines to use: each gets at least one layer."""
-    sources: tuple[Provider, ...] = ()
+    providers: tuple[Provider, ...] = ()
     """Peers that hold the model."""
     engine: str = "auto"
     context: int = 2048
@@ -299,8 +299,8 @@ class Coordinator:
     def _load_order(self, planned: PlannedStage, lending: Lending) -> Load:
         network = self._site.network
         here = Provider(network.peer_id, tuple(addr.rpartition("/p2p/")[0] for addr in network.addrs()))
-        known = [provider for provider in (here, *self._options.sources) if provider.peer != lending.peer]
-        sources = (Source(p.peer, p.addrs[: LIMITS.addresses]) for p in known[: LIMITS.providers])
+        known = [provider for provider in (here, *self._options.providers) if provider.peer != lending.peer]
+        providers = (Provider(p.peer, tuple(p.addrs[: LIMITS.addresses])) for p in known[: LIMITS.providers])
         return Load(
             model=self.about.model.cid,
             first=planned.first,
@@ -310,7 +310,7 @@ class Coordinator:
             engine=self._options.engine,
             context=self._options.context,
             slots=1,
-            sources=tuple(sources),
+            providers=tuple(providers),
         )
 
     async def _load_here(self, planned: PlannedStage) -> LocalStage:
@@ -321,7 +321,7 @@ class Coordinator:
         def progressed(phase: str) -> Callable[[int, int], None]:
             return lambda done, total: self._told.progress(planned.peer, Progress(phase, done, total))
 
-        await site.weights.fetch(cid, lambda _: parts, self._options.sources, progressed("fetch"))
+        await site.weights.fetch(cid, lambda _: parts, self._options.providers, progressed("fetch"))
         # The part nodes may have come only now.
         about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
         source = StoreTensorSource(site.store, about.model, parts)

@@ -15,6 +15,7 @@ from omninfer.arch import MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB
 from omnistore import dagcbor
 from omnistore.block import Block
 from omnistore.cid import CID
+from omnistore.net.interface import Provider
 
 PROTOCOL: Final = "/omni/pipeline/1.0.0"
 
@@ -92,15 +93,6 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A peer to fetch weights from."""
-
-    peer: str
-    addrs: tuple[str, ...]
-    """Multiaddrs without the trailing `/p2p/…`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """Coordinator: hold this range of this model for me."""
 
@@ -113,7 +105,8 @@ class Load:
     engine: str
     context: int
     slots: int
-    sources: tuple[Source, ...]
+    providers: tuple[Provider, ...]
+    """Peers to fetch it from, beside whoever the lender knows or finds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,13 @@ from omninfer.frames import (
     Progress,
     Ready,
     Refuse,
-    Source,
     Trim,
     name_of,
 )
 from omnistore import dagcbor
 from omnistore.cid import CID, DAG_CBOR
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.net.interface import Provider
 
 LENGTH_SIZE: Final = 4
 """Bytes of the length before every frame."""
@@ -117,7 +117,7 @@ def _load_body(frame: Load) -> dict[str, dagcbor.Value]:
         "engine": frame.engine,
         "context": frame.context,
         "slots": frame.slots,
-        "sources": [{"peer": source.peer, "addrs": list(source.addrs)} for source in frame.sources],
+        "providers": [{"peer": one.peer, "addrs": list(one.addrs)} for one in frame.providers],
     }
 
 
@@ -305,16 +305,16 @@ def _output(f: _Fields) -> tuple[int, _Build]:
     return size, lambda data: Output(seq, _activations_untrusted(rows, columns, data))
 
 
-def _source(f: _Fields, entry: Any) -> Source:
+def _provider(f: _Fields, entry: Any) -> Provider:
     if not isinstance(entry, dict):
-        raise f.fault("a source that is not a map")
-    fields = _Fields("load: a source", entry)
+        raise f.fault("a provider that is not a map")
+    fields = _Fields("load: a provider", entry)
     peer = fields.text("peer", LIMITS.address, 1)
     addrs = fields.items("addrs", LIMITS.addresses)
     if not all(type(addr) is str and 0 < len(addr) <= LIMITS.address for addr in addrs):
         raise fields.fault(f"an address that is not a text of 1 to {LIMITS.address} characters")
     fields.finish()
-    return Source(peer, tuple(addrs))
+    return Provider(peer, tuple(addrs))
 
 
 def _load(f: _Fields) -> tuple[int, _Build]:
@@ -330,7 +330,7 @@ def _load(f: _Fields) -> tuple[int, _Build]:
         engine=f.text("engine", 32, 1),
         context=f.integer("context", LIMITS.context, 1),
         slots=f.integer("slots", LIMITS.slots, 1),
-        sources=tuple(_source(f, entry) for entry in f.items("sources", LIMITS.providers)),
+        providers=tuple(_provider(f, entry) for entry in f.items("providers", LIMITS.providers)),
     )
     if frame.first > frame.last or (frame.embed and frame.first) or frame.first == frame.last:
         raise f.fault(f"layers {frame.first} to {frame.last} are no stage")

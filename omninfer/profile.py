@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -35,18 +34,6 @@ _METADATA: Final = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.vocab_size": 8,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class MachineProfile:
-    """One machine, computing with one engine."""
-
-    engine: str
-    memory: int
-    """Bytes that stages may take."""
-    speed: float
-    """Packed weight bytes a second, one token at a time."""
-    footprint: float = FOOTPRINT
 
 
 def free_memory() -> int:

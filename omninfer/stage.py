@@ -1,6 +1,6 @@
 """Lending compute: the server of `/omni/pipeline/1.0.0` (spec/06-pipeline, section "Lending").
 
-One `_Session` per stream: it answers what the coordinator asks, in order, and lets go of every slot
+One `_CoordinatorStream` per stream: it answers what the coordinator asks, in order, and lets go of every slot
 when the stream ends, however it ends. A lender fetches by CID only the parts of the range it was asked for
 and believes nobody about them: what it computes with went through the store's digests. Nobody is served who
 was not allowed by name, or by `--allow any`.
@@ -34,7 +34,7 @@ from omnistore.errors import (
     PlanInfeasible,
     ProtocolError,
 )
-from omnistore.net.interface import ContentRouting, Provider, Stream
+from omnistore.net.interface import ContentRouting, Stream
 from omnistore.store.interface import Store
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ SILENCE_SECONDS: Final = 15.0
 """A coordinator that takes no byte for this long is gone."""
 IDLE_SECONDS: Final = 1800.0
 """A coordinator that asks nothing for this long is let go: it loads again when its person comes back."""
-MAX_SESSIONS: Final = 64
+MAX_STREAMS: Final = 64
 """Streams served at once; each holds at most one forward's activations (64 MiB) in memory."""
 
 ANNOUNCE_SECONDS: Final = 6 * 3600.0
 """Providers expire after two days elsewhere; a machine that was switched off should be forgotten sooner."""
-UNCONFIRMED_SECONDS: Final = 5.0
+UNCONFIRMED_SECONDS: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -75,18 +75,18 @@ class Lender:
         self.weights = weights
         self.stages = WarmStages(free_memory() if options.memory is None else options.memory)
         self._allow = options.allow
-        self._sessions = 0
+        self._streams = 0
         self._speeds: dict[str, float] = {}
         self._measuring = trio.Lock()
 
     async def serve(self, stream: Stream) -> None:
         """Run one inbound stream to its end."""
         link = FrameLink(stream, "lender", silence=SILENCE_SECONDS)
-        self._sessions += 1
+        self._streams += 1
         try:
-            await _Session(self, link).run()
+            await _CoordinatorStream(self, link).run()
         finally:
-            self._sessions -= 1
+            self._streams -= 1
 
     def refusal(self, peer: str) -> frames.Refuse | None:
         """Why this peer gets nothing, or None."""
@@ -96,8 +96,8 @@ class Lender:
                 f"{self.peer_id} does not lend compute to {peer}",
                 f"Start it with: omni seed --compute --allow {peer}",
             )
-        if self._sessions > MAX_SESSIONS:
-            return frames.Refuse("busy", f"{self.peer_id} serves {MAX_SESSIONS} others", "Try again later.")
+        if self._streams > MAX_STREAMS:
+            return frames.Refuse("busy", f"{self.peer_id} serves {MAX_STREAMS} others", "Try again later.")
         return None
 
     async def speed(self, engine: Engine) -> float:
@@ -121,7 +121,7 @@ class Lender:
             self.stages.close()
 
 
-class _Session:
+class _CoordinatorStream:
     """One coordinator's stream."""
 
     def __init__(self, lender: Lender, link: FrameLink) -> None:
@@ -142,15 +142,15 @@ class _Session:
                 self._lender.stages.release(self._lease)
             await self._link.aclose()
 
-    async def _beat(self, session: trio.CancelScope) -> None:
-        """Say now and then that we are still at work; end the session when nobody hears it."""
+    async def _beat(self, scope: trio.CancelScope) -> None:
+        """Say now and then that we are still at work; end the stream when nobody hears it."""
         while True:
             await trio.sleep(BEAT_SECONDS)
             if self._at_work is not None:
                 try:
                     await self._link.send(self._at_work)
                 except (PeerUnreachable, ProtocolError):
-                    session.cancel()
+                    scope.cancel()
 
     async def _answer_all(self) -> None:
         peer = self._link.peer
@@ -258,8 +258,7 @@ class _Session:
         def progressed(done: int, total: int) -> None:
             self._at_work = frames.Progress("fetch", done, total)
 
-        sources = [Provider(source.peer, source.addrs) for source in frame.sources]
-        return await self._lender.weights.fetch(frame.model, choose, sources, progressed)
+        return await self._lender.weights.fetch(frame.model, choose, frame.providers, progressed)
 
     async def _forward(self, frame: frames.Forward) -> None:
         assert self._lease is not None  # the conversation: no forward before ready

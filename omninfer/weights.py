@@ -37,7 +37,7 @@ class NetworkWeights:
         self,
         model: CID,
         choose: Choose,
-        sources: Sequence[Provider] = (),
+        providers: Sequence[Provider] = (),
         progress: Progressed = lambda done, total: None,
     ) -> int:
         """Have the chosen parts in the store; the bytes that came over the network for it.
@@ -47,7 +47,7 @@ class NetworkWeights:
         async with self._assembling:
             if await trio.to_thread.run_sync(self._held, model, choose):
                 return 0
-            peers = [f"{addr}/p2p/{source.peer}" for source in sources for addr in source.addrs or ("",)]
+            peers = [f"{addr}/p2p/{one.peer}" for one in providers for addr in one.addrs or ("",)]
 
             def told(state: FetchProgress) -> None:
                 progress(state.done, state.total)

@@ -1,7 +1,7 @@
 """`omni run` and `omni chat`: options and nothing else, so that `omni --help` imports no engine.
 
 What they do is `omninfer.cli.commands`'s; what they share with each other (finding the model, opening the
-node, telling what happens) is `omninfer.cli.session`'s.
+node, telling what happens) is `omninfer.cli.opening`'s.
 """
 
 from __future__ import annotations

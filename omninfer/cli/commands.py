@@ -15,7 +15,7 @@ import click
 import trio
 
 from omninfer.chat import ChatTemplate
-from omninfer.cli.session import Asked, Session, open_session, report, summary
+from omninfer.cli.opening import Asked, OpenModel, open_model, report, summary
 from omninfer.coordinator import Coordinator
 from omninfer.generation import Generation, generate, new_generation
 from omnistore.cli.output import Output
@@ -82,13 +82,13 @@ async def _interruptible() -> AsyncIterator[trio.CancelScope]:
 
 async def _run(output: Output, asked: Asked, prompt: str) -> None:
     interrupted = True
-    async with _interruptible(), open_session(output, asked) as session:
-        ids = session.tokenizer.encode(prompt, add_special=True, parse_special=False)
-        async with session.coordinator(len(ids)) as coordinator:
+    async with _interruptible(), open_model(output, asked) as opened:
+        ids = opened.tokenizer.encode(prompt, add_special=True, parse_special=False)
+        async with opened.coordinator(len(ids)) as coordinator:
             generation = new_generation(ids)
             try:
                 await coordinator.ready()
-                await generate(coordinator, session.tokenizer, ids, asked.params, _shower(output), generation)
+                await generate(coordinator, opened.tokenizer, ids, asked.params, _shower(output), generation)
                 interrupted = False
             except trio.Cancelled:
                 _finish(output, coordinator, generation)
@@ -109,16 +109,16 @@ def _finish(output: Output, coordinator: Coordinator, generation: Generation) ->
 # --- chat -----------------------------------------------------------------------------------
 
 
-class _Conversation:
+class _Dialogue:
     """The messages so far and what turns them into a prompt."""
 
-    def __init__(self, session: Session, system: str | None) -> None:
-        self._tokenizer = session.tokenizer
-        self._template = ChatTemplate.from_metadata_untrusted(session.about.metadata)
+    def __init__(self, opened: OpenModel, system: str | None) -> None:
+        self._tokenizer = opened.tokenizer
+        self._template = ChatTemplate.from_metadata_untrusted(opened.about.metadata)
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
         if self._template.is_fallback:
-            session.output.note("the model has no chat template: this is a guess at what it expects")
+            opened.output.note("the model has no chat template: this is a guess at what it expects")
 
     def say(self, text: str) -> None:
         self._turns.append({"role": "user", "content": text})
@@ -140,25 +140,25 @@ class _Conversation:
 
 
 async def _chat(output: Output, asked: Asked, system: str | None) -> None:
-    async with open_session(output, asked) as session:
-        conversation = _Conversation(session, system)
-        async with session.coordinator(0) as coordinator:
+    async with open_model(output, asked) as opened:
+        dialogue = _Dialogue(opened, system)
+        async with opened.coordinator(0) as coordinator:
             await coordinator.ready()
             async for line in _lines():
-                conversation.say(line)
-                answer = await _turn(output, session, coordinator, conversation)
-                conversation.answered(answer.text)
+                dialogue.say(line)
+                answer = await _turn(output, opened, coordinator, dialogue)
+                dialogue.answered(answer.text)
 
 
 async def _turn(
-    output: Output, session: Session, coordinator: Coordinator, conversation: _Conversation
+    output: Output, opened: OpenModel, coordinator: Coordinator, dialogue: _Dialogue
 ) -> Generation:
     """One answer, or as much of it as there was when Ctrl-C came."""
-    params = session.asked.params
-    ids = conversation.prompt(coordinator.context - min(params.max_tokens, coordinator.context // 2))
+    params = opened.asked.params
+    ids = dialogue.prompt(coordinator.context - min(params.max_tokens, coordinator.context // 2))
     generation = new_generation(ids)
     async with _interruptible():
-        await generate(coordinator, session.tokenizer, ids, params, _shower(output), generation)
+        await generate(coordinator, opened.tokenizer, ids, params, _shower(output), generation)
     if not output.json:
         click.echo()
     output.note(summary(coordinator, generation))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from omninfer.frames import COORDINATOR, LENDER, Activations, Frame, Source, name_of
+from omninfer.frames import COORDINATOR, LENDER, Activations, Frame, name_of
 from omninfer.framing import Decoder, encode
 from omnistore.cid import CID
 from omnistore.errors import RemoteProtocolError
+from omnistore.net.interface import Provider
 
 VECTORS = json.loads(
     (Path(__file__).resolve().parents[2] / "spec" / "vectors" / "frames.json").read_text(encoding="utf-8")
@@ -26,7 +27,7 @@ def plain(value: object) -> Any:
             return {"rows": rows, "columns": columns, "float32le": data.hex()}
         case bytes():
             return value.hex()
-        case Source(peer, addrs):
+        case Provider(peer, addrs):
             return {"peer": peer, "addrs": list(addrs)}
         case tuple():
             return [plain(item) for item in value]

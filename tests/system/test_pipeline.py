@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from omninfer.cli.session import Asked, open_session
+from omninfer.cli.opening import Asked, open_model
 from omninfer.generation import generate
 from omnistore.cid import CID
 from omnistore.cli.output import Output
@@ -139,10 +139,10 @@ async def test_over_processes_the_tokens_are_the_same_and_each_fetches_its_parts
     seeds = [start_seed(tmp_path / f"lender{n}", "--compute", "--allow", "any") for n in range(lenders)]
     monkeypatch.setenv("OMNI_HOME", str(home))
     asked = Asked.of(options(cid, lenders=tuple(seed.addr for seed in seeds)))
-    async with open_session(Output(quiet=True), asked) as session, session.coordinator(0) as coordinator:
+    async with open_model(Output(quiet=True), asked) as opened, opened.coordinator(0) as coordinator:
         for case in reference[STORIES]:
-            ids = session.tokenizer.encode(case["prompt"], add_special=True, parse_special=False)
-            done = await generate(coordinator, session.tokenizer, ids, asked.params, lambda text, token: None)
+            ids = opened.tokenizer.encode(case["prompt"], add_special=True, parse_special=False)
+            done = await generate(coordinator, opened.tokenizer, ids, asked.params, lambda text, token: None)
             assert done.tokens == case["tokens"]
             assert done.text == case["text"]
         assert coordinator.plan is not None

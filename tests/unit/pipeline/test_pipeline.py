@@ -280,7 +280,7 @@ async def answer(link: FrameLink) -> frames.Frame | None:
 
 def order(one: Cluster, **changes: Any) -> frames.Load:
     fields = {"first": 0, "last": LAYERS, "embed": True, "head": True, "engine": "numpy"}
-    return frames.Load(**{"model": one.cid, "context": 16, "slots": 2, "sources": (), **fields, **changes})
+    return frames.Load(**{"model": one.cid, "context": 16, "slots": 2, "providers": (), **fields, **changes})
 
 
 @pytest.mark.parametrize(

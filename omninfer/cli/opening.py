@@ -66,7 +66,7 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Session:
+class OpenModel:
     """An opened model."""
 
     asked: Asked
@@ -83,11 +83,11 @@ class Session:
         wanted = prompt_tokens + self.asked.params.max_tokens
         context = self.asked.context or min(most, max(LEAST_CONTEXT, -(-wanted // 1024) * 1024))
         if context > most:
-            self.output.note(f"the model was made for {most} tokens; {context} may read badly")
+            raise InputError(f"--context {context} is more than the {most} tokens the model was made for")
         options = RunOptions(
             layers=self.asked.layers,
             lenders=self.asked.lenders,
-            sources=tuple(provider_at(addr) for addr in (*self.asked.peers, *self.asked.lenders)),
+            providers=tuple(provider_at(addr) for addr in (*self.asked.peers, *self.asked.lenders)),
             engine=self.asked.engine,
             context=context,
             silence=self.asked.silence,
@@ -124,17 +124,17 @@ class _Alone(Offline):
 
 
 @asynccontextmanager
-async def open_session(output: Output, asked: Asked) -> AsyncIterator[Session]:
+async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     """Find the model, here or among peers, and read its headers."""
     cid, whole = await trio.to_thread.run_sync(_look, asked.model)
     others = (*asked.peers, *asked.lenders)
-    sources = tuple(provider_at(addr) for addr in others)
+    providers = tuple(provider_at(addr) for addr in others)
     store_config = config()
     if whole and not others and not asked.bootstrap:
         with home_store() as store:
             alone = _Alone(load_key(store_config.home).public.peer_id)
             site = Site(alone, None, store, NetworkWeights(alone, None, store))
-            yield await _session(asked, output, cid, site)
+            yield await _opened(asked, output, cid, site)
         return
     if not others and not asked.bootstrap:
         raise InputError(
@@ -144,14 +144,14 @@ async def open_session(output: Output, asked: Asked) -> AsyncIterator[Session]:
     async with open_node(store_config, NodeOptions(bootstrap=asked.bootstrap, alone_ok=bool(others))) as node:
         routing = node.routing if asked.bootstrap else None
         weights = NetworkWeights(node.network, routing, node.store)
-        await weights.fetch(cid, header_parts, sources)
-        yield await _session(asked, output, cid, Site(node.network, routing, node.store, weights))
+        await weights.fetch(cid, header_parts, providers)
+        yield await _opened(asked, output, cid, Site(node.network, routing, node.store, weights))
 
 
-async def _session(asked: Asked, output: Output, cid: CID, site: Site) -> Session:
+async def _opened(asked: Asked, output: Output, cid: CID, site: Site) -> OpenModel:
     about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_metadata_untrusted, about.metadata)
-    return Session(asked, output, about, tokenizer, site)
+    return OpenModel(asked, output, about, tokenizer, site)
 
 
 def _look(text: str) -> tuple[CID, bool]:
