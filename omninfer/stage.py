@@ -159,6 +159,10 @@ class _CoordinatorStream:
                 frame = await self._link.receive(silence=IDLE_SECONDS)
                 if frame is None or isinstance(frame, frames.Bye):
                     return
+                refusal = self._lender.refusal(peer)
+                if refusal is not None:
+                    await self._send_away(frame, refusal)
+                    return
                 await self._answer(frame)
         except PeerUnreachable as error:
             _log.info("coordinator %s: %s", peer, error)
@@ -166,6 +170,13 @@ class _CoordinatorStream:
             # A frame that breaks the protocol, or a forward that the engine refuses: the stream ends there.
             _log.warning("coordinator %s: %s", peer, error)
             await self._link.fail(error.message)
+
+    async def _send_away(self, frame: frames.Frame, refusal: frames.Refuse) -> None:
+        """Whoever may not be served costs no more than this one answer."""
+        if isinstance(frame, frames.Ask | frames.Load):
+            await self._link.send(refusal)
+        else:
+            await self._link.fail(refusal.reason)
 
     async def _answer(self, frame: frames.Frame) -> None:
         match frame:
@@ -207,13 +218,12 @@ class _CoordinatorStream:
         await self._link.send(frames.Profile(engine.name, memory, max(1, int(speed)), int(FOOTPRINT * 1000)))
 
     async def _load(self, frame: frames.Load) -> None:
-        answer: frames.Frame | None = self._lender.refusal(self._link.peer)
-        if answer is None:
-            try:
-                answer = await self._load_untrusted(frame)
-            except OmniError as error:
-                _log.warning("layers %d-%d of %s: %s", frame.first, frame.last - 1, frame.model, error)
-                answer = _refuse(_refusal_code(error), error)
+        answer: frames.Frame
+        try:
+            answer = await self._load_untrusted(frame)
+        except OmniError as error:
+            _log.warning("layers %d-%d of %s: %s", frame.first, frame.last - 1, frame.model, error)
+            answer = _refuse(_refusal_code(error), error)
         self._at_work = None
         await self._link.send(answer)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omninfer import frames as f
@@ -67,6 +67,7 @@ any_frame: st.SearchStrategy[f.Frame] = st.one_of(
 )
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(any_frame, max_size=6), st.data())
 def test_frames_survive_any_split_of_their_bytes(frames: list[f.Frame], data: st.DataObject) -> None:
     stream = b"".join(encode(frame) for frame in frames)
@@ -79,6 +80,7 @@ def test_frames_survive_any_split_of_their_bytes(frames: list[f.Frame], data: st
     assert decoder.between_frames
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(VALID), st.data())
 def test_damaged_frames_raise_one_class_or_are_other_valid_frames(frame: bytes, data: st.DataObject) -> None:
     damaged = bytearray(frame)
@@ -102,6 +104,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(EVERY)), st.data())
 def test_valid_dag_cbor_of_the_wrong_shape_is_refused_or_means_something(
     name: str, data: st.DataObject
@@ -124,6 +127,7 @@ def decoded_body(frame: bytes) -> dict[str, dict[str, dagcbor.Value]]:
     return value
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_is_refused_or_waits_for_more(noise: bytes) -> None:
     try:
@@ -132,6 +136,7 @@ def test_noise_is_refused_or_waits_for_more(noise: bytes) -> None:
         assert error.message
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(any_frame, max_size=20))
 def test_a_conversation_takes_any_order_without_any_other_error(frames: list[f.Frame]) -> None:
     conversation = Conversation("lender")

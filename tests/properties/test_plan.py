@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise, permutations, product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omninfer.plan import TOLERANCE, Machine, ModelCosts, Plan, make_plan
@@ -93,6 +93,7 @@ def ranges_of(plan: Plan, machines: list[Machine]) -> tuple[tuple[Machine, ...],
     return order, tuple((stage.first, stage.last) for stage in plan.stages)
 
 
+@settings(max_examples=80, deadline=None)
 @given(models(), clusters(), st.data())
 def test_the_plan_is_as_good_as_brute_force(
     costs: ModelCosts, machines: list[Machine], data: st.DataObject
@@ -127,6 +128,7 @@ def test_the_plan_is_as_good_as_brute_force(
     assert slowest(costs, order, ranges) <= min(within, default=math.inf) * (1 + 1e-9)
 
 
+@settings(max_examples=80, deadline=None)
 @given(models(), clusters())
 def test_the_missing_memory_is_exact(costs: ModelCosts, machines: list[Machine]) -> None:
     """One further machine with what the refusal says makes a plan possible; with a byte less it does not."""

@@ -123,6 +123,26 @@ def test_stdout_is_the_completion_alone(published: Callable[[Path], str], omni: 
     assert "tokens/s" in done.stderr
 
 
+def test_prompts_from_files_and_pipes_stops_and_seeds(
+    published: Callable[[Path], str], omni: Run, home: Path, tmp_path: Path
+) -> None:
+    cid, case = published(DEMO), demo_case(0)
+    file = tmp_path / "prompt.txt"
+    file.write_text(case["prompt"])
+    stopped = omni("run", cid, "--prompt-file", file, "--temperature", 0, "--stop", " to build", "--quiet")
+    assert case["text"].startswith(stopped.stdout + " to build")
+    assert stopped.stderr == ""
+    sampled = ("run", cid, "--prompt", "-", "--max-tokens", "30", "--temperature", "1.5")
+    said = []
+    for seed in ("1", "1", "2"):
+        with start_omni(home, *sampled, "--seed", seed, stdin=subprocess.PIPE) as process:
+            out, _ = process.communicate(case["prompt"], timeout=60)
+            said.append(out)
+    assert said[0] == said[1] != said[2]
+    neither = omni("run", cid)
+    assert (neither.returncode, neither.stdout) == (2, "")
+
+
 @pytest.mark.trio
 @pytest.mark.parametrize("lenders", [1, 2])
 async def test_over_processes_the_tokens_are_the_same_and_each_fetches_its_parts(

@@ -91,6 +91,15 @@ async def test_a_full_context_ends_the_text(tokenizer: Tokenizer) -> None:
     assert (done.tokens, done.finish) == ([3, 3, 3], "length")
 
 
+async def test_a_prompt_beyond_the_context_is_refused(tokenizer: Tokenizer) -> None:
+    script, params = Script([3, 3], context=4), GenerationParams(sampling=GREEDY)
+    with pytest.raises(InputError, match="5 tokens, and the context has room for 4"):
+        await generate(script, tokenizer, [1, 5, 5, 5, 5], params, lambda text, token: None)
+    assert script.asked == []
+    done = await generate(script, tokenizer, [1, 5, 5, 5], params, lambda text, token: None)
+    assert (done.tokens, done.finish) == ([3], "length")
+
+
 async def test_an_interruption_leaves_what_there_was(tokenizer: Tokenizer) -> None:
     generation = new_generation([1])
     with trio.CancelScope() as scope:

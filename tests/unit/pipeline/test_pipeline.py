@@ -283,6 +283,20 @@ def order(one: Cluster, **changes: Any) -> frames.Load:
     return frames.Load(**{"model": one.cid, "context": 16, "slots": 2, "providers": (), **fields, **changes})
 
 
+async def test_whoever_is_not_allowed_gets_one_answer_and_no_stream(noise_file: Path) -> None:
+    async with cluster(noise_file) as one:
+        one.lend("a", allow=frozenset({"friend"}))
+        for frame, kind in (
+            (frames.Ask("auto"), frames.Refuse),
+            (order(one), frames.Refuse),
+            (frames.Ping(b"12345"), frames.Error),
+        ):
+            link = await open_link(one)
+            await link.send(frame)
+            assert isinstance(await link.receive(), kind)
+            assert await link.receive() is None
+
+
 @pytest.mark.parametrize(
     ("fault", "send"),
     [
