@@ -12,8 +12,8 @@ equal machines from getting unequal shares by noise.
 the last. The embedding goes with the first range, the head with the last; a tied head needs the embedding's
 weights too. A range a machine has no memory for has infinite cost. `best[set][k]`, the least cost
 of covering layers 0 … k-1 with exactly the machines of a set, follows from the sets one machine
-smaller by a min-plus product: 2^m · m · n² steps for m machines and n layers, done by numpy (12 machines and
-126 layers: about a second; 4 and 32: a millisecond). Above `MAX_WORK` steps the least useful of the machines
+smaller by a min-plus product: 2^m · m · n² steps for m machines and n layers, done by numpy (11 machines and
+126 layers: half a second; 4 and 32: milliseconds). Above `MAX_WORK` steps the least useful of the machines
 that nobody named are left out; that is the only inexactness.
 
 Not here: measuring machines (`profile`), loading anything (`pipeline`). Implements spec/06-pipeline,
@@ -36,8 +36,10 @@ from omnistore.manifest import Manifest, PartKey
 
 TOLERANCE: Final = 0.1
 """Fraction of the best latency that is given up for a faster slowest stage."""
-MAX_WORK: Final = 1e9
-"""Steps of the exact search: a few seconds."""
+MAX_WORK: Final = 4e8
+"""Steps of the exact search: about a second."""
+STEP_FLOOR: Final = 4000
+"""Steps that one product counts as at least: what numpy takes to begin with."""
 TOKEN_BYTES: Final = 4
 
 _Matrix = NDArray[np.float64]
@@ -201,7 +203,7 @@ def _shortlist(costs: ModelCosts, machines: Sequence[Machine], needed: frozenset
     """As many machines as can be searched exactly: those asked for, then by seconds per byte held."""
     layers = len(costs.layers)
     most = 1
-    while 2 ** (most + 1) * (most + 1) * (layers + 1) ** 2 <= MAX_WORK:
+    while 2 ** (most + 1) * (most + 1) * max((layers + 1) ** 2, STEP_FLOOR) <= MAX_WORK:
         most += 1
     if len(needed) > min(most, layers):
         raise PlanInfeasible(
