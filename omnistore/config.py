@@ -54,7 +54,13 @@ class Config:
             raise BadConfig(
                 f"the home directory is unknown: {error}", remedy="Set OMNI_HOME to a directory."
             ) from None
-        if home.exists() and not home.is_dir():
+        try:
+            usable = not home.exists() or home.is_dir()
+        except OSError as error:
+            raise BadConfig(
+                f"OMNI_HOME={str(home)[:200]}: {error.strerror}", remedy="Set OMNI_HOME to a directory."
+            ) from None
+        if not usable:
             raise BadConfig(f"OMNI_HOME={home} is not a directory", remedy="Set OMNI_HOME to a directory.")
         return cls(home=home.absolute())
 

@@ -7,19 +7,24 @@ here once: an `OmniError` is a diagnosis, anything else a bug.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import click
 
 from omnistore import errors
+from omnistore.cli.output import tell
 from omnistore.errors import OmniError
 
 _OWN: Final = MappingProxyType(
@@ -47,6 +52,8 @@ _INTERRUPTED: Final = 130
 """128 + SIGINT, as a shell reports it."""
 _BROKEN_PIPE: Final = 141
 """128 + SIGPIPE: the reader of our output went away."""
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What a write answers where stdout is a file on a full disk."""
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +134,7 @@ def omni() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; its exit code."""
+    _mend_streams()
     argv = list(sys.argv[1:] if args is None else args)
     # Asked of the words, not of click: a command line that click refuses has no parsed options.
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
@@ -143,22 +151,42 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(error, as_json)
 
 
+def _mend_streams() -> None:
+    """Make the standard streams safe to use.
+
+    Python has None for a stream that its parent closed. A name that the encoding of stdout lacks, or that
+    is in no encoding at all, must not end a command.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is the closed stream's own, so nothing else can come to lie there.
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
 def _report(error: BaseException, as_json: bool) -> int:
     """Say what went wrong, and the exit code that says it to programs."""
     leaves = list(_leaves(error))
     if any(isinstance(leaf, KeyboardInterrupt | click.Abort) for leaf in leaves):
         return _INTERRUPTED
     if any(isinstance(leaf, BrokenPipeError) for leaf in leaves):
-        # Python flushes stdout at exit and would complain about the same pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return _BROKEN_PIPE
+    for leaf in leaves:
+        if isinstance(leaf, OSError) and leaf.errno in _NO_ROOM and leaf.filename is None:
+            _silence_stdout()
+            remedy = "Free some space, or send the output elsewhere."
+            _say(type(leaf).__name__, f"the output can not be written: {leaf.strerror}", remedy, as_json)
+            return errors.StoreFull.exit_code
     for leaf in leaves:
         if isinstance(leaf, SystemExit):
             return leaf.code if isinstance(leaf.code, int) else _BUG
         if isinstance(leaf, click.exceptions.Exit):
             return leaf.exit_code
         if isinstance(leaf, click.exceptions.NoArgsIsHelpError):
-            click.echo(leaf.format_message(), err=True)
+            tell(leaf.format_message())
             return errors.InputError.exit_code
         if isinstance(leaf, click.ClickException):
             _say(type(leaf).__name__, leaf.format_message(), _usage(leaf), as_json)
@@ -171,6 +199,11 @@ def _report(error: BaseException, as_json: bool) -> int:
     if os.environ.get("OMNI_DEBUG") == "1":
         traceback.print_exception(error)
     return known[0].exit_code
+
+
+def _silence_stdout() -> None:
+    """Python flushes stdout at exit and would complain about the same fault again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_bug(error: BaseException, as_json: bool) -> int:
@@ -188,9 +221,11 @@ def _usage(error: click.ClickException) -> str | None:
 
 
 def _say(kind: str, message: str, remedy: str | None, as_json: bool) -> None:
-    click.echo(f"omni: {OmniError(message, remedy=remedy).diagnosis()}", err=True)
+    tell(f"omni: {OmniError(message, remedy=remedy).diagnosis()}")
     if as_json:
-        click.echo(json.dumps({"event": "error", "error": kind, "message": message, "remedy": remedy}))
+        # The exit code says it as well, should stdout be what failed.
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"event": "error", "error": kind, "message": message, "remedy": remedy}))
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

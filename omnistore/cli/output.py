@@ -6,6 +6,7 @@ silences notes and progress. `with_output` gives a command the options and an `O
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -68,7 +69,7 @@ class Output:
     def note(self, text: str) -> None:
         """Something a person may want to know that is not the result."""
         if not self.quiet:
-            click.echo(text, err=True)
+            tell(text)
 
     @contextmanager
     def progress(self, what: str, total: int, *, binary: bool = True) -> Iterator[Progress]:
@@ -82,7 +83,8 @@ class Output:
             yield _Lines(what, total, binary, time.monotonic())
 
     def _write(self, document: object) -> None:
-        click.echo(json.dumps(document, default=_plain, ensure_ascii=False))
+        # ASCII: the same line parses whatever the locale, also one that names a file of no encoding.
+        click.echo(json.dumps(document, default=_plain))
 
 
 def with_output(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,6 +101,12 @@ def with_output(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(Output(json=as_json, quiet=quiet), *args, **options)
 
     return run
+
+
+def tell(text: str) -> None:
+    """A line to stderr. What can not be said there, its disk full or its reader gone, stays unsaid."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def configure_logging(verbose: int, quiet: bool = False) -> None:
@@ -159,7 +167,7 @@ class _Lines:
         percent = 100 * self._done // self._total if self._total else 0
         amounts = (self._done, self._total, rate)
         done, total, speed = (size(n) if self._binary else f"{n:.0f}" for n in amounts)
-        click.echo(f"{self._what}: {percent} % ({done} of {total}, {speed}/s)", err=True)
+        tell(f"{self._what}: {percent} % ({done} of {total}, {speed}/s)")
 
     def describe(self, text: str) -> None:
         self._what = text
