@@ -32,7 +32,7 @@ def export(store: FileStore, model: Model, output: Path, progress: Progress | No
     if not status.whole:
         raise BlockMissing(
             f"{model.manifest.name} is not whole here: {status.bytes_held:,} bytes of its parts are held",
-            remedy=f"Fetch the rest with `omni pin {model.cid}`.",
+            remedy=f"Fetch the rest with `omni pin {model.cid}`; `omni verify` names a file that is gone.",
         )
     names = names_of(model.manifest)
     into = output.is_dir() or len(names) > 1

@@ -67,12 +67,15 @@ def verify(store: FileStore, cid: CID, *, repair: bool = False, progress: Progre
 def _verify(store: FileStore, row: ModelRow, repair: bool, progress: Progress | None) -> Verdict:
     faults: list[Fault] = []
     blocks = count = 0
-    for _, file in store.index.files(row.id):
-        places = [] if file.lost else store.index.contents(file.id)
-        for fault, length in _check(file, places):
+    files = store.index.files(row.id)
+    there = {number for number, file in files if not file.lost}
+    for number, file in files:
+        if file.lost and number in there:
+            continue  # Another file has its place.
+        for fault, length in _check(file, store.index.contents(file.id)):
             blocks += 1
-            count += length
-            if progress:
+            count += 0 if file.lost else length
+            if progress and not file.lost:
                 progress(length)
             if fault is not None:
                 faults.append(_repair(store, file, fault) if repair else fault)
@@ -103,7 +106,12 @@ def _fault(file: StoredFile, offset: int, length: int, digest: bytes) -> Fault |
 
 
 def _repair(store: FileStore, file: StoredFile, fault: Fault) -> Fault:
-    """Forget the place; write a good copy there if the file is ours and there is one."""
+    """Forget the place; write a good copy there if the file is ours and there is one.
+
+    A file that is gone may come back, with everything in it: nothing of it is forgotten.
+    """
+    if file.lost:
+        return fault
     with store.index.writing() as writer:
         writer.drop_location(fault.cid.digest, file.id, fault.offset)
     if not file.owned:
