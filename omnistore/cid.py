@@ -24,8 +24,10 @@ CID_SIZE: Final = 36
 
 _PREFIX_OF_CODEC: Final = {codec: bytes((0x01, codec, 0x1E, DIGEST_SIZE)) for codec in (RAW, DAG_CBOR)}
 _PREFIXES: Final = frozenset(_PREFIX_OF_CODEC.values())
+_TEXT_SIZE: Final = 59
+"""Characters of a CID of this profile, its multibase prefix included."""
 _TEXT_LIMIT: Final = 256
-"""Longest text looked at, in characters; a CID of this profile has 59."""
+"""Longest text looked at, in characters."""
 _BASE32: Final = re.compile("b[a-z2-7]*|B[A-Z2-7]*")
 """Multibase base32, or base32upper (QR codes); never a mixture, never a letter outside ASCII."""
 
@@ -66,8 +68,13 @@ class CID:
         if bare[:1] not in ("b", "B") or len(bare) > _TEXT_LIMIT:
             raise MalformedCID(f"{shown!r} is not a CID this network uses", remedy=_explain(bare))
         body = bare[1:].upper()
-        if not _BASE32.fullmatch(bare) or len(body) % 8 in (1, 3, 6):
-            raise MalformedCID(f"{shown!r} is not base32")
+        if not _BASE32.fullmatch(bare):
+            raise MalformedCID(f"{shown!r} is not base32", remedy=_explain(""))
+        if len(body) % 8 in (1, 3, 6):
+            raise MalformedCID(
+                f"{shown!r} has {len(bare)} characters, and a CID of this network {_TEXT_SIZE}",
+                remedy="Copy the whole CID.",
+            )
         data = base64.b32decode(body + "=" * (-len(body) % 8))
         if base64.b32encode(data).rstrip(b"=") != body.encode():
             raise MalformedCID(f"{shown!r} is not canonical base32 (stray bits at its end)")

@@ -26,6 +26,7 @@ from omnistore.cli.home import config, home_store
 from omnistore.cli.output import Output, size
 from omnistore.config import load_key
 from omnistore.errors import BlockMissing, InputError, MalformedCID
+from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
 from omnistore.transfer.client import Offline, every_part, provider_at
 
@@ -128,6 +129,8 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     """Find the model, here or among peers, and read its headers."""
     cid, whole = await trio.to_thread.run_sync(_look, asked.model)
     others = (*asked.peers, *asked.lenders)
+    for addr in others:
+        parse_dialable_untrusted(addr)
     providers = tuple(provider_at(addr) for addr in others)
     store_config = config()
     if whole and not others and not asked.bootstrap:
@@ -139,7 +142,8 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     if not others and not asked.bootstrap:
         raise InputError(
             f"{asked.model} is not here, or not whole, and there is nobody to ask for it",
-            remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
+            remedy="Give a seed's address with --peer, or any node's with --bootstrap. If you added it here,"
+            " `omni verify` names the file that is gone or has changed.",
         )
     async with open_node(store_config, NodeOptions(bootstrap=asked.bootstrap, alone_ok=bool(others))) as node:
         routing = node.routing if asked.bootstrap else None

@@ -85,13 +85,27 @@ def model_files(path: Path) -> list[Path]:
     names = (path.name,) if parsed is None else split_names(parsed[0], parsed[2])
     found = [path.with_name(name) for name in names]
     for member in found:
-        if not member.is_file():
+        fault = _not_a_file(member)
+        if fault:
             beside = "" if member == path else f", which belongs to the same model as {path.name}"
             raise InputError(
-                f"{member}: no such file{beside}",
+                f"{member}: {fault}{beside}",
                 remedy="All files of a split set must lie in one directory." if beside else None,
             )
     return found
+
+
+def _not_a_file(path: Path) -> str | None:
+    """Why `path` can not be cut, or None. A pipe or a device is not opened: it could wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    if stat.S_ISDIR(mode):
+        return "a directory; name a GGUF file in it"
+    return None if stat.S_ISREG(mode) else "not a regular file"
 
 
 def open_header(path: Path) -> GGUFHeader:

@@ -16,6 +16,7 @@ from omnistore.cli.home import config, home_store
 from omnistore.cli.output import Output, Progress, size, with_output
 from omnistore.errors import BlockMissing, InputError
 from omnistore.manifest import Manifest, PartKey
+from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
 from omnistore.selection import parse_parts
 from omnistore.store.interface import Store
@@ -26,7 +27,6 @@ from omnistore.transfer.client import (
     Offline,
     every_part,
     fetch_model,
-    provider_at,
 )
 
 _EVENT_EVERY: Final = 0.2
@@ -52,7 +52,7 @@ def pin(
     wanted = CID.parse_untrusted(cid)
     select = every_part if layers is None else partial(parse_parts, layers)
     for addr in peers:
-        provider_at(addr)
+        parse_dialable_untrusted(addr)
     options = FetchOptions(select, peers, to.absolute() if to else None)
     with home_store() as store:
         report = trio.run(_from_here, store, wanted, options) if _is_here(store, wanted, select) else None

@@ -79,7 +79,14 @@ def parse_dialable_untrusted(text: str) -> tuple[Address, str]:
     """An address that names its peer, and that peer. Raises `BadConfig`."""
     address = parse_untrusted(text)
     if address.peer is None:
-        raise BadConfig(f"{text!r} does not say whom to expect", remedy="Append /p2p/<peer ID> to it.")
+        raise BadConfig(
+            f"{text!r} does not say which peer to expect there",
+            remedy="A peer's address ends in /p2p/ and its ID; `omni seed` prints it.",
+        )
+    if address.port == 0:
+        raise BadConfig(
+            f"{text!r}: nobody listens on port 0", remedy="Give the address that `omni seed` printed there."
+        )
     return address, address.peer
 
 

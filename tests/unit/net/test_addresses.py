@@ -76,7 +76,7 @@ def test_any_text_ends_in_an_address_or_the_one_error(text: str) -> None:
 def test_dialling_needs_the_peer() -> None:
     address, peer = parse_dialable_untrusted(f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}")
     assert (peer, address.port) == (PEER, 1)
-    with pytest.raises(BadConfig, match="whom to expect"):
+    with pytest.raises(BadConfig, match="which peer to expect"):
         parse_dialable_untrusted("/ip4/127.0.0.1/tcp/1")
 
 
