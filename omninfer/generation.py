@@ -81,6 +81,11 @@ async def generate(
     """
     if not prompt:
         raise InputError("the prompt is empty, and the model has no token to begin with")
+    if len(prompt) > source.context:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and the context has room for {source.context}",
+            remedy="Shorten the prompt, or raise --context as far as the model was made for.",
+        )
     result = generation or new_generation(prompt)
     sampler, stream, matcher = Sampler(params.sampling), tokenizer.stream(), StopMatcher(params.stops)
     history = list(prompt)

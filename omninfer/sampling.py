@@ -85,7 +85,8 @@ class Sampler:
         if params.temperature == 0:
             return int(logits.argmax())
         ids, kept = candidates(logits, params)
-        scaled = (kept - kept.max()) / params.temperature
+        with np.errstate(over="ignore"):  # the least temperatures leave only the likeliest: exp(-inf) is 0
+            scaled = (kept - kept.max()) / params.temperature
         cumulative = np.exp(scaled).cumsum()
         chosen = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
         return int(ids[min(int(chosen), len(ids) - 1)])

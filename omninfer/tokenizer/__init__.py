@@ -114,7 +114,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"character {error.start} of the text is half of a surrogate pair") from None
+            # Python's stand-in for a byte of an argument or of stdin that is no UTF-8.
+            raise InputError(f"the text is not valid UTF-8 at character {error.start}") from None
         vocab = self._vocab
         ids: list[int] = []
         if add_special and vocab.add_bos and vocab.bos is not None:
