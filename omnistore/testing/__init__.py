@@ -1,1 +1,1 @@
-"""testing."""
+"""Shipped test support: contract suites, a virtual network, faulty peers, tiny GGUF files."""
