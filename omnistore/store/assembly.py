@@ -84,11 +84,14 @@ class FileAssembly:
         self._lock = threading.Lock()
         self._closed = False
         self._targets: dict[int, _Target] = {}
+        if not store.index.files(row):
+            # Nothing of it is here: what can not fit is refused before a file is made for it.
+            self._check_room(self._wanted)
         try:
             self._targets = self._open_targets()
             held = self._store.held({placement.cid for placement in self._wanted})
             self.local_blocks = len(held)
-            self._check_room()
+            self._check_room(self.missing())
             self._copy_local(held)
         except BaseException:
             self._close_targets()
@@ -187,6 +190,11 @@ class FileAssembly:
                 return _Target(file, fd, self._written(file.id))
             except BaseException:
                 os.close(fd)
+                if fresh:
+                    # Such as a file larger than any that this disk can have.
+                    current.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.parent.rmdir()
                 raise
 
     def _know(self, number: int, file: StoredFile, intact: bool) -> StoredFile:
@@ -201,8 +209,8 @@ class FileAssembly:
     def _written(self, file: int) -> set[int]:
         return {offset for offset, _, _ in self._store.index.contents(file)}
 
-    def _check_room(self) -> None:
-        needed = sum(placement.size for placement in self.missing())
+    def _check_room(self, missing: Iterable[Placement]) -> None:
+        needed = sum(placement.size for placement in missing)
         self._store.models_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_room(
             self._store.models_directory, needed, self._store.config.disk_reserve, self.model.manifest.name
