@@ -28,6 +28,8 @@ from omnistore.transfer.client import (
     every_part,
     fetch_model,
 )
+from omnistore.transfer.session import SessionLimits
+from omnistore.transfer.window import FlowLimits
 
 _EVENT_EVERY: Final = 0.2
 """Seconds between two progress events of `--json`."""
@@ -53,7 +55,8 @@ def pin(
     select = every_part if layers is None else partial(parse_parts, layers)
     for addr in peers:
         parse_dialable_untrusted(addr)
-    options = FetchOptions(select, peers, to.absolute() if to else None)
+    limits = SessionLimits(flow=FlowLimits(ceiling=config().window))
+    options = FetchOptions(select, peers, to.absolute() if to else None, limits)
     with home_store() as store:
         report = trio.run(_from_here, store, wanted, options) if _is_here(store, wanted, select) else None
     if report is None and not (peers or bootstrap):
@@ -97,7 +100,7 @@ class _Shown:
 
 def _show(output: Output, bar: Progress, shown: _Shown, now: FetchProgress) -> None:
     bar.resize(now.total)
-    bar.describe(f"{now.model} from {now.peers} peer{'' if now.peers == 1 else 's'}")
+    bar.describe(f"{now.model} from {_peers(now.peers)}")
     bar.advance(now.done - shown.done)
     shown.done = now.done
     if time.monotonic() - shown.at >= _EVENT_EVERY:
@@ -107,12 +110,16 @@ def _show(output: Output, bar: Progress, shown: _Shown, now: FetchProgress) -> N
         )
 
 
+def _peers(count: int) -> str:
+    return "1 peer" if count == 1 else f"{count} peers"
+
+
 def _tell(output: Output, report: FetchReport) -> None:
     for peer, reason in report.dropped.items():
         output.note(f"dropped {peer}: {reason}")
     rate = report.bytes_fetched / report.seconds if report.seconds else 0.0
     output.note(
-        f"{report.model.manifest.name}: {size(report.bytes_fetched)} from {len(report.peers)} peers in"
+        f"{report.model.manifest.name}: {size(report.bytes_fetched)} from {_peers(len(report.peers))} in"
         f" {report.seconds:.1f} s ({size(rate)}/s), {report.blocks_local} blocks were here"
     )
     output.event(

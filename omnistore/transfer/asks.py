@@ -58,12 +58,8 @@ class Asks:
         self._wanted: dict[int, Wanted] = {}
         self._numbers: dict[CID, int] = {}
         self._parts: set[CID] = set()
-        self._greeted = False
-
-    @property
-    def lacking(self) -> int:
-        """Bytes until the item now being read is whole."""
-        return self._decoder.lacking
+        self.greeted = False
+        """Whether the server's hello arrived."""
 
     def want(self, blocks: Sequence[Wanted]) -> bytes:
         """Ask for `blocks`, none of which is asked already."""
@@ -97,8 +93,8 @@ class Asks:
         return [self._answer(message) for message in self._decoder.feed_untrusted(data)]
 
     def _answer(self, message: object) -> Answer:
-        if isinstance(message, Hello) == self._greeted and not isinstance(message, Error):
-            raise RemoteProtocolError("greeted twice" if self._greeted else "answered before its hello")
+        if isinstance(message, Hello) == self.greeted and not isinstance(message, Error):
+            raise RemoteProtocolError("greeted twice" if self.greeted else "answered before its hello")
         match message:
             case Deliver(ask, data):
                 return Arrived(self._take(ask), data)
@@ -110,7 +106,7 @@ class Asks:
                 self._parts.remove(part)
                 return message
             case Hello():
-                self._greeted = True
+                self.greeted = True
                 return message
             case Error():
                 return message
@@ -118,7 +114,7 @@ class Asks:
 
     def _announced(self, ask: int, size: int) -> None:
         """Check a `block` before a byte of its payload is taken in."""
-        if not self._greeted:
+        if not self.greeted:
             raise RemoteProtocolError("sent a block before its hello")
         wanted = self._wanted.get(ask)
         if wanted is None:

@@ -28,7 +28,7 @@ from omnistore.errors import (
 )
 from omnistore.net.interface import Network, Provider, Stream
 from omnistore.transfer import events as e
-from omnistore.transfer.asks import Arrived, Asks, Refused
+from omnistore.transfer.asks import Answer, Arrived, Asks, Refused
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.messages import PROTOCOL, Error, Hello, Holds
 from omnistore.transfer.session import Session
@@ -283,32 +283,35 @@ class Swarm:
 
     async def _read(self, peer: str, link: Link) -> None:
         """Receive until the stream ends; a peer that breaks the protocol is banned."""
-        hello = trio.current_time() + self._limits.hello
         try:
+            with trio.move_on_after(self._limits.hello):
+                while not link.asks.greeted:
+                    await self._receive(peer, link)
+            if not link.asks.greeted:
+                raise PeerUnreachable(f"{peer} did not greet within {self._limits.hello:.0f} s")
             while True:
-                with trio.CancelScope(deadline=hello) as waiting:
-                    data = await link.stream.receive_some(self._limits.receive)
-                if waiting.cancelled_caught:
-                    raise PeerUnreachable(f"{peer} did not greet within {self._limits.hello:.0f} s")
-                if not data:
-                    raise PeerUnreachable(f"{peer} ended the stream")
-                link.alive = True
-                for answer in link.asks.receive_untrusted(data):
-                    if isinstance(answer, Hello):
-                        hello = float("inf")
-                        self._links[peer] = link
-                        self._joined.add(peer)
-                        self.tally.unreachable.pop(peer, None)
-                        self._dispatch(e.PeerJoined(peer, answer.asks, answer.queries))
-                    else:
-                        await self._answered(peer, link, answer)
+                await self._receive(peer, link)
         except RemoteProtocolError as error:
             self.tally.dropped[peer] = error.message
             self.session.banned.setdefault(peer, error.message)
             self._dispatch(e.PeerBroke(peer, error.message))
 
-    async def _answered(self, peer: str, link: Link, answer: Arrived | Refused | Holds | Error) -> None:
+    async def _receive(self, peer: str, link: Link) -> None:
+        """Take in what comes next."""
+        data = await link.stream.receive_some(self._limits.receive)
+        if not data:
+            raise PeerUnreachable(f"{peer} ended the stream")
+        link.alive = True
+        for answer in link.asks.receive_untrusted(data):
+            await self._answered(peer, link, answer)
+
+    async def _answered(self, peer: str, link: Link, answer: Answer) -> None:
         match answer:
+            case Hello(asks, queries):
+                self._links[peer] = link
+                self._joined.add(peer)
+                self.tally.unreachable.pop(peer, None)
+                self._dispatch(e.PeerJoined(peer, asks, queries))
             case Arrived(wanted, data):
                 self._delivered[peer] = self._delivered.get(peer, 0) + 1
                 if self._dispatch(e.BlockReceived(peer, wanted.cid, len(data))):
