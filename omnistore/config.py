@@ -1,8 +1,8 @@
 """Where a node lives on this machine, its limits, and its identity.
 
-`Config` is one record of limits, each with its unit and its reason. `load_key` reads or makes the
-Ed25519 identity of a home. Nothing here is global: the command line builds a `Config` from the
-environment once and passes it on.
+`Config` is one record of settings, each with its unit, range and reason; `$OMNI_HOME/config.toml` may
+change them. `load_key` reads or makes the Ed25519 identity of a home. Nothing here is global: the
+command line builds a `Config` from the environment once and passes it on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from omnistore.errors import BadConfig
 from omnistore.keys import SEED_SIZE, PrivateKey
+from omnistore.settings import MAX_FILE, METADATA, Setting, parse_file_untrusted, setting
 
+FILE_NAME: Final = "config.toml"
 KEY_NAME: Final = "identity.key"
 _KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x40))
 """Protobuf of libp2p's PrivateKey{Type: Ed25519, Data: 64 bytes}, up to the data: seed, then public key."""
@@ -26,43 +28,125 @@ _KEY_SIZE: Final = len(_KEY_PREFIX) + 2 * SEED_SIZE
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a node may use. The defaults suit a workstation."""
+    """What a node may use, and what a seed does unless told otherwise. The defaults suit a workstation."""
 
     home: Path
-    """`$OMNI_HOME`: index, identity, files fetched."""
-    busy_timeout: float = 30.0
-    """Seconds to wait for another process's write to the index before `StoreLocked`. A commit takes
-    milliseconds; the largest transaction, adding a 405B model, a few seconds."""
-    disk_reserve: int = 64 << 20
-    """Bytes of a disk that fetching leaves free: the index, and every other program, need some."""
-    copy_batch: int = 32 << 20
-    """Bytes copied locally between two commits: bounds memory and what a crash makes us copy again."""
-    sync_batch: int = 256 << 20
-    """Bytes written between two waits for the disk: what a power cut may make us check, and fetch, again."""
-    node_grace: float = 3600.0
-    """Seconds that garbage collection spares a node no pin reaches: somebody may be fetching its model."""
-    window: int = 64 << 20
-    """Most bytes a fetch has asked for and not received: a gigabit a second times half a second."""
+    """`$OMNI_HOME`: index, identity, files fetched, and `config.toml`."""
+
+    listen: tuple[str, ...] = setting(
+        (), "addresses", "Multiaddrs a seed listens at. None given: TCP port 4141 on every interface."
+    )
+    announce: tuple[str, ...] = setting(
+        (), "addresses", "Multiaddrs that others reach this node at, where it can not see them itself."
+    )
+    bootstrap: tuple[str, ...] = setting(
+        (), "addresses", "Nodes to join the network through, as multiaddrs ending in /p2p/PEER."
+    )
+    mdns: bool = setting(
+        True, "yes/no", "Find, and be found by, other nodes on the local network without any address."
+    )
+    http: str | None = setting(
+        None, "address", "HOST:PORT where a seed answers HTTP. None: nobody but this machine's user asks."
+    )
+    up_limit: int | None = setting(
+        None, "bytes/s", "Most that is sent to all peers together. None: as fast as the network goes.",
+        low=1 << 10, high=1 << 40,
+    )  # fmt: skip
+    down_limit: int | None = setting(
+        None, "bytes/s", "Most that is received from all peers together. None: as fast as it goes.",
+        low=1 << 10, high=1 << 40,
+    )  # fmt: skip
+    disk_cap: int | None = setting(
+        None, "bytes",
+        "Disk space for models fetched; above it the least recently used ones that are not pinned go."
+        " None: they stay until `omni gc`.",
+        low=0, high=1 << 60,
+    )  # fmt: skip
+    window: int = setting(
+        64 << 20, "bytes",
+        "Most bytes a fetch has asked for and not received: a gigabit a second times half a second.",
+        low=1 << 20, high=1 << 32,
+    )  # fmt: skip
+    busy_timeout: float = setting(
+        30.0, "seconds",
+        "How long to wait for another process's write to the index before giving up. A commit takes"
+        " milliseconds; the largest transaction, adding a 405B model, a few seconds.",
+        low=0, high=3600,
+    )  # fmt: skip
+    disk_reserve: int = setting(
+        64 << 20, "bytes",
+        "Disk space that fetching leaves free: the index, and every other program, need some.",
+        low=0, high=1 << 60,
+    )  # fmt: skip
+    copy_batch: int = setting(
+        32 << 20, "bytes",
+        "What is copied locally between two commits: bounds memory and what a crash makes us copy again.",
+        low=1 << 20, high=1 << 30,
+    )  # fmt: skip
+    sync_batch: int = setting(
+        256 << 20, "bytes",
+        "What is written between two waits for the disk: what a power cut may make us check and fetch again.",
+        low=1 << 20, high=1 << 40,
+    )  # fmt: skip
+    node_grace: float = setting(
+        3600.0, "seconds",
+        "How long garbage collection spares a node no pin reaches: somebody may be fetching its model.",
+        low=0, high=365 * 86400,
+    )  # fmt: skip
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Config:
-        """Read `OMNI_HOME` (default `~/.omni`). Raises `BadConfig`."""
-        text = environ.get("OMNI_HOME", "")
-        try:
-            home = Path(text).expanduser() if text else Path.home() / ".omni"
-        except RuntimeError as error:
-            raise BadConfig(
-                f"the home directory is unknown: {error}", remedy="Set OMNI_HOME to a directory."
-            ) from None
-        try:
-            usable = not home.exists() or home.is_dir()
-        except OSError as error:
-            raise BadConfig(
-                f"OMNI_HOME={str(home)[:200]}: {error.strerror}", remedy="Set OMNI_HOME to a directory."
-            ) from None
-        if not usable:
-            raise BadConfig(f"OMNI_HOME={home} is not a directory", remedy="Set OMNI_HOME to a directory.")
-        return cls(home=home.absolute())
+        """The home that `OMNI_HOME` names (default `~/.omni`), and what its file says. Raises `BadConfig`."""
+        return read_config(environ).config
+
+
+@dataclass(frozen=True, slots=True)
+class ReadConfig:
+    """A configuration and where each value came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+    """Setting to `FILE:LINE`; what is not here has its default."""
+
+
+def settings() -> dict[str, Setting]:
+    """Every setting there is, by name."""
+    return {one.name: one.metadata[METADATA] for one in fields(Config) if METADATA in one.metadata}
+
+
+def read_config(environ: Mapping[str, str]) -> ReadConfig:
+    """The configuration of the home that the environment selects. Raises `BadConfig`."""
+    home = _home(environ)
+    path = home / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except FileNotFoundError:
+        return ReadConfig(Config(home), {})
+    except OSError as error:
+        raise BadConfig(f"{path} can not be read: {error.strerror}") from None
+    found = parse_file_untrusted(data, str(path), settings())
+    values: dict[str, Any] = {name: value for name, (value, _) in found.items()}
+    return ReadConfig(Config(home, **values), {name: where for name, (_, where) in found.items()})
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    text = environ.get("OMNI_HOME", "")
+    try:
+        home = Path(text).expanduser() if text else Path.home() / ".omni"
+    except RuntimeError as error:
+        raise BadConfig(
+            f"the home directory is unknown: {error}", remedy="Set OMNI_HOME to a directory."
+        ) from None
+    try:
+        usable = not home.exists() or home.is_dir()
+    except OSError as error:
+        raise BadConfig(
+            f"OMNI_HOME={str(home)[:200]}: {error.strerror}", remedy="Set OMNI_HOME to a directory."
+        ) from None
+    if not usable:
+        raise BadConfig(f"OMNI_HOME={home} is not a directory", remedy="Set OMNI_HOME to a directory.")
+    return home.absolute()
 
 
 def make_home(home: Path) -> None:

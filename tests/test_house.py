@@ -31,6 +31,7 @@ RANKS: dict[str, int] = {
     "omnistore.chunker.split": 1,
     "omnistore.manifest": 1,
     "omnistore.selection": 1,
+    "omnistore.settings": 1,
     "omnistore.keys": 1,
     "omnistore.dht.interface": 1,
     "omnistore.dht.lookup": 1,

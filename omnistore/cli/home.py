@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-from omnistore.config import Config
+from omnistore.config import Config, settings
+from omnistore.settings import check_untrusted
 from omnistore.store.files import FileStore
 
 
-def config() -> Config:
-    """The configuration that `$OMNI_HOME` selects."""
-    return Config.from_environment(os.environ)
+def config(**given: Any) -> Config:
+    """The configuration that `$OMNI_HOME` selects, overridden by what the command line gave.
+
+    Options are settings by name, as text or lists of texts; None and empty lists were not given.
+    """
+    found = Config.from_environment(os.environ)
+    known = settings()
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None and value != ():
+            values[name] = check_untrusted(f"--{name.replace('_', '-')}", known[name], value)
+    return replace(found, **values)
 
 
 @contextmanager
