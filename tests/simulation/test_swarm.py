@@ -23,7 +23,7 @@ from omnistore.transfer.session import SessionLimits
 from omnistore.transfer.window import FlowLimits
 
 MIB = 1 << 20
-RUNS, BATCH = 1200, 100
+RUNS, BATCH = 1000, 100
 NARROW = SessionLimits(flow=FlowLimits(ceiling=4 * MIB))
 """A window that two stalled peers can fill."""
 

@@ -240,7 +240,7 @@ def test_a_faulty_seeder_is_dropped_and_named(
     assert done["peers"][told["peer_id"]] <= 3 * MIB
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20))])
 def test_a_pin_killed_at_any_moment_resumes_by_block(
     start_seed: StartSeed, published: Published, pin: Callable[..., Pinning], home: Path, seed: int
 ) -> None:
