@@ -37,6 +37,7 @@ RANKS: dict[str, int] = {
     "omnistore.dht.lookup": 1,
     "omnistore.dht.records": 1,
     "omnistore.dht.schedule": 1,
+    "omnistore.dht.values": 1,
     "omnistore.transfer": 1,
     "omnistore.store.interface": 1,
     "omnistore.net.interface": 1,

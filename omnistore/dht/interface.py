@@ -5,7 +5,7 @@ Implementations: `omnistore.net.kademlia` (the real one); the tests have one in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +14,13 @@ from omnistore.net.interface import Provider
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a peer said when asked for the providers of a key."""
+    """What a peer said when asked about a key."""
 
     providers: Sequence[Provider]
     closer: Sequence[Provider]
     """Peers that it knows to be closer to the key."""
+    value: bytes | None = None
+    """What it keeps under the key, if it was asked for that."""
 
 
 class Kademlia(Protocol):
@@ -51,6 +53,26 @@ class Kademlia(Protocol):
 
     async def add_provider(self, peer: Provider, key: bytes) -> None:
         """ADD_PROVIDER for ourselves. Raises `PeerUnreachable` or `RemoteProtocolError`."""
+        ...
+
+    def own_value(self, key: bytes) -> bytes | None:
+        """The value that others (or we) left with this node."""
+        ...
+
+    def keep_value(self, key: bytes, value: bytes) -> None:
+        """Keep a value here too, unless a better one is kept. Raises `RemoteProtocolError`."""
+        ...
+
+    def sort_values(self, key: bytes, values: Iterable[bytes]) -> Sequence[bytes]:
+        """The different ones that the rules of the key let pass, the right one first."""
+        ...
+
+    async def ask_value(self, peer: Provider, key: bytes) -> Answer:
+        """GET_VALUE. Raises `PeerUnreachable` or `RemoteProtocolError`."""
+        ...
+
+    async def put_value(self, peer: Provider, key: bytes, value: bytes) -> None:
+        """PUT_VALUE. Raises `PeerUnreachable`."""
         ...
 
     def drop_peer(self, peer: str) -> None:

@@ -1,6 +1,6 @@
 """The DHT as `ContentRouting`: a thin shell around `lookup` and `schedule` (spec/04-discovery §4-§5).
 
-Nothing is cached: every find asks the network. Every announcement is confirmed, by asking the
+Nothing is cached: every find asks the network. Every announcement and value is confirmed, by asking the
 peers that should have it; a node without DHT peers announces nothing, and tries again when one
 appears. Providers found are claims: that one is dead is for the caller to notice, and to skip.
 """
@@ -8,9 +8,9 @@ appears. Providers found are claims: that one is dead is for the caller to notic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -42,10 +42,13 @@ FIND_GRACE: Final = 1.0
 CONFIRM_TRIES: Final = 2
 """Times a record is sent to a peer that does not show it."""
 
+Question: TypeAlias = Callable[[Provider, bytes], Awaitable[Answer]]
+"""What a lookup asks each peer about its key."""
+
 
 @dataclass(slots=True)
 class DHTService:
-    """Finds providers, and keeps what this node holds announced while `run` runs."""
+    """Finds providers and values, and keeps what this node holds announced while `run` runs."""
 
     node: Kademlia
     schedule: ReprovideSchedule = field(default_factory=ReprovideSchedule)
@@ -94,8 +97,47 @@ class DHTService:
     async def find_providers(self, cid: CID, *, limit: int = 20) -> Sequence[Provider]:
         """Peers that claim to hold `cid`, without us, each once. Empty when there are none."""
         key = provider_key(cid)
-        _, found = await self._walk(key, grace=FIND_GRACE)
+        _, answers = await self._walk(key, grace=FIND_GRACE)
+        found = [provider for answer in answers for provider in answer.providers]
         return merge([*found, *self.node.own_records(key)], without=self.node.peer_id, limit=limit)
+
+    async def put_value(self, key: bytes, value: bytes) -> int:
+        """Leave a value with the closest peers; how many of them were seen to keep it afterwards.
+
+        A peer that keeps a better one does not count. Raises `RemoteProtocolError` for a value that
+        the rules of its key refuse.
+        """
+        self.node.keep_value(key, value)
+        lookup, _ = await self._walk(key, ask=self.node.ask_value)
+        confirmed: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            for peer in lookup.closest():
+                nursery.start_soon(self._place_value, peer, key, value, confirmed)
+        return len(confirmed)
+
+    async def get_values(self, key: bytes) -> Sequence[bytes]:
+        """The different values that the closest peers and this node keep, the right one first.
+
+        All of the closest peers are asked, so that one with an old value decides nothing.
+        """
+        _, answers = await self._walk(key, ask=self.node.ask_value)
+        values = [answer.value for answer in answers if answer.value is not None]
+        own = self.node.own_value(key)
+        return self.node.sort_values(key, values if own is None else [*values, own])
+
+    async def _place_value(self, peer: Provider, key: bytes, value: bytes, confirmed: set[str]) -> None:
+        """Leave a value with a peer and look whether it is there."""
+        for _ in range(CONFIRM_TRIES):
+            try:
+                with trio.fail_after(ASK_DEADLINE):
+                    await self.node.put_value(peer, key, value)
+                    answer = await self.node.ask_value(peer, key)
+            except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as error:
+                logger.debug("%s did not take a value: %r", peer.peer, error)
+                continue
+            if answer.value == value:
+                confirmed.add(peer.peer)
+                return
 
     async def _place(self, peer: Provider, key: bytes, confirmed: set[str]) -> None:
         """Leave our record with a peer and look whether it is there."""
@@ -111,37 +153,43 @@ class DHTService:
                 confirmed.add(peer.peer)
                 return
 
-    async def _walk(self, key: bytes, grace: float = float("inf")) -> tuple[Lookup, list[Provider]]:
-        """Look a key up: the finished lookup, and every provider named on the way."""
+    async def _walk(
+        self, key: bytes, ask: Question | None = None, grace: float = float("inf")
+    ) -> tuple[Lookup, list[Answer]]:
+        """Look a key up: the finished lookup, and every answer on the way, in order of arrival.
+
+        With `grace`, it ends so long after the first answer that names a provider.
+        """
         lookup = Lookup(key, self.node.peer_id)
         lookup.learn(self.node.start_peers(key))
-        found: list[Provider] = []
+        question = ask or self.node.ask_providers
+        answers: list[Answer] = []
         deadline = trio.current_time() + WALK_DEADLINE
         send, receive = trio.open_memory_channel[tuple[str, Answer | None]](float("inf"))
 
-        async def ask(peer: Provider) -> None:
-            send.send_nowait((peer.peer, await self._ask(peer, key)))
+        async def report(peer: Provider) -> None:
+            send.send_nowait((peer.peer, await self._ask(peer, key, question)))
 
         with trio.CancelScope(deadline=deadline) as walking:
             async with trio.open_nursery() as nursery:
                 while not lookup.done:
                     for peer in lookup.next_peers():
-                        nursery.start_soon(ask, peer)
+                        nursery.start_soon(report, peer)
                     asked, answer = await receive.receive()
                     if answer is None:
                         lookup.failed(asked)
                         continue
                     lookup.answered(asked, answer.closer)
-                    if answer.providers and not found:
-                        walking.deadline = min(deadline, trio.current_time() + grace)
-                    found += answer.providers
+                    if answer.providers:
+                        walking.deadline = min(walking.deadline, trio.current_time() + grace)
+                    answers.append(answer)
                 nursery.cancel_scope.cancel()
-        return lookup, found
+        return lookup, answers
 
-    async def _ask(self, peer: Provider, key: bytes) -> Answer | None:
+    async def _ask(self, peer: Provider, key: bytes, question: Question) -> Answer | None:
         try:
             with trio.fail_after(ASK_DEADLINE):
-                return await self.node.ask_providers(peer, key)
+                return await question(peer, key)
         except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as error:
             logger.debug("%s did not answer a question: %r", peer.peer, error)
             self.node.drop_peer(peer.peer)

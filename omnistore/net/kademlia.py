@@ -6,6 +6,8 @@ Faults mended:
 - its own finds cache what they found for 48 hours, list peers twice, and skip a peer whose signed
   record is older than one known: our questions carry no such records and cache nothing;
 - its own provides report success without a copy: `dht.service` confirms each;
+- its own values are cached, and a value renewed as it is counts as refused: see `_Rules`;
+- it speaks the public network's protocol ID whatever it is told: see `kad_protocol`;
 - client-mode peers enter its routing table, and server-mode ones that just connected do not: here
   identify decides, when it has run.
 """
@@ -13,7 +15,7 @@ Faults mended:
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,27 +23,29 @@ from typing import Any, Final
 import trio
 from google.protobuf.message import DecodeError
 from libp2p.abc import INotifee
+from libp2p.kad_dht.common import format_time_rfc3339
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
-from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.peer.peerstore import PeerStoreError
+from libp2p.records.validator import NamespacedValidator
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils import encode_uvarint
 
 from omnistore.dht.interface import Answer
 from omnistore.dht.records import MAX_ADDRS, peers_untrusted
+from omnistore.dht.values import Namespaces, best_index, check_value_untrusted, sorted_values
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
 from omnistore.net.interface import Provider, Stream
+from omnistore.net.kad_protocol import PROTOCOL, OwnProtocolHost, admit_own, protocols
 from omnistore.net.libp2p import Libp2pNetwork
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL: Final = "/ipfs/kad/1.0.0"
 MAX_ANSWER: Final = 1 << 20
 """Bytes of an answer: twenty peers with sixteen addresses each have under 40 KiB."""
 MAX_KEYS: Final = 50_000
-"""Keys that others may leave records for at this node, at about 1 KiB each."""
+"""Keys that others may leave records for at this node, at about 1 KiB each; as many of values."""
 ANNOUNCEMENTS: Final = 2_000
 """Accepted from one peer in ten seconds: what a node with 25 large models announces."""
 STREAMS: Final = 128
@@ -58,6 +62,8 @@ class KademliaNode:
 
     network: Libp2pNetwork
     dht: Any
+    namespaces: Namespaces = field(default_factory=dict)
+    """The rules for values, by the first component of their key."""
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -99,30 +105,87 @@ class KademliaNode:
 
     async def ask_providers(self, peer: Provider, key: bytes) -> Answer:
         """GET_PROVIDERS. Raises `PeerUnreachable` or `RemoteProtocolError`."""
-        question = Message(type=Message.MessageType.GET_PROVIDERS, key=key)
+        answer = await self._ask(peer, Message(type=Message.MessageType.GET_PROVIDERS, key=key))
+        return Answer(
+            providers=peers_untrusted((entry.id, entry.addrs) for entry in answer.providerPeers),
+            closer=peers_untrusted((entry.id, entry.addrs) for entry in answer.closerPeers),
+        )
+
+    async def ask_value(self, peer: Provider, key: bytes) -> Answer:
+        """GET_VALUE. Raises `PeerUnreachable` or `RemoteProtocolError`."""
+        answer = await self._ask(peer, Message(type=Message.MessageType.GET_VALUE, key=key))
+        there = answer.HasField("record") and answer.record.key == key and answer.record.value
+        return Answer(
+            providers=(),
+            closer=peers_untrusted((entry.id, entry.addrs) for entry in answer.closerPeers),
+            value=bytes(answer.record.value) if there else None,
+        )
+
+    async def put_value(self, peer: Provider, key: bytes, value: bytes) -> None:
+        """PUT_VALUE; whether it was kept, `ask_value` tells. Raises `PeerUnreachable`."""
+        message = Message(type=Message.MessageType.PUT_VALUE, key=key, record=Record(key=key, value=value))
+        await self._tell(peer, message)
+
+    def own_value(self, key: bytes) -> bytes | None:
+        """The value that others (or we) left with this node."""
+        record = self.dht.value_store.get(key)
+        return bytes(record.value) if record is not None else None
+
+    def keep_value(self, key: bytes, value: bytes) -> None:
+        """Keep a value here too, unless a better one is kept. Raises `RemoteProtocolError`."""
+        check_value_untrusted(self.namespaces, key, value)
+        own = self.own_value(key)
+        if own is None or best_index(self.namespaces, key, [own, value]) == 1:
+            received = Record(key=key, value=value, timeReceived=format_time_rfc3339())
+            self.dht.value_store.put_record(key, received)
+
+    def sort_values(self, key: bytes, values: Iterable[bytes]) -> Sequence[bytes]:
+        """The different ones that the rules of the key let pass, the right one first."""
+        return sorted_values(self.namespaces, key, values)
+
+    async def add_provider(self, peer: Provider, key: bytes) -> None:
+        """ADD_PROVIDER for ourselves. Raises `PeerUnreachable`."""
+        message = Message(type=Message.MessageType.ADD_PROVIDER, key=key)
+        entry = message.providerPeers.add()
+        entry.id = self.network.host.get_id().to_bytes()
+        entry.addrs.extend(addr.to_bytes() for addr in self.network.host.get_addrs()[:MAX_ADDRS])
+        await self._tell(peer, message)
+
+    async def meet(self, peer: str) -> bool:
+        """Take a peer that connected into the routing table, once it said that it is a DHT server.
+
+        Whether it is one.
+        """
+        host = self.network.host
+        peer_id = ID.from_base58(peer)
+        with trio.move_on_after(IDENTIFY_PATIENCE):
+            # Identify runs in a task of the library's that tells nobody when it is done.
+            while peer in self.network.peers() and not protocols(host, peer_id):  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        if peer not in self.network.peers() or PROTOCOL not in protocols(host, peer_id):
+            return False
+        await self.dht.routing_table.add_peer(peer_id)
+        for callback in self._callbacks:
+            callback()
+        return True
+
+    async def _ask(self, peer: Provider, question: Any) -> Any:
         stream = await self.network.open_stream(peer, PROTOCOL)
         try:
             await _send(stream, question)
             answer = await _receive_untrusted(stream)
         finally:
             await stream.aclose()
-        if answer.type != Message.MessageType.GET_PROVIDERS:
-            raise RemoteProtocolError(f"{peer.peer} answered another question than GET_PROVIDERS")
-        return Answer(
-            providers=peers_untrusted((entry.id, entry.addrs) for entry in answer.providerPeers),
-            closer=peers_untrusted((entry.id, entry.addrs) for entry in answer.closerPeers),
-        )
+        if answer.type != question.type:
+            raise RemoteProtocolError(f"{peer.peer} answered another question than the one asked")
+        return answer
 
-    async def add_provider(self, peer: Provider, key: bytes) -> None:
-        """ADD_PROVIDER for ourselves. Raises `PeerUnreachable`.
+    async def _tell(self, peer: Provider, message: Any) -> None:
+        """Send what needs no answer.
 
         Some peers echo the message, others say nothing, py-libp2p's reset the stream when we close
         our side: either way they have read it by the time it ends.
         """
-        message = Message(type=Message.MessageType.ADD_PROVIDER, key=key)
-        entry = message.providerPeers.add()
-        entry.id = self.network.host.get_id().to_bytes()
-        entry.addrs.extend(addr.to_bytes() for addr in self.network.host.get_addrs()[:MAX_ADDRS])
         stream = await self.network.open_stream(peer, PROTOCOL)
         try:
             await _send(stream, message)
@@ -132,39 +195,34 @@ class KademliaNode:
             while await stream.receive_some(MAX_ANSWER):
                 pass
 
-    async def meet(self, peer: str) -> bool:
-        """Take a peer that connected into the routing table, once it said that it is a DHT server.
-
-        Whether it is one.
-        """
-        store = self.network.host.get_peerstore()
-        peer_id = ID.from_base58(peer)
-        with trio.move_on_after(IDENTIFY_PATIENCE):
-            # Identify runs in a task of the library's that tells nobody when it is done.
-            while peer in self.network.peers() and not _protocols(store, peer_id):  # noqa: ASYNC110
-                await trio.sleep(0.02)
-        if peer not in self.network.peers() or PROTOCOL not in _protocols(store, peer_id):
-            return False
-        await self.dht.routing_table.add_peer(peer_id)
-        for callback in self._callbacks:
-            callback()
-        return True
-
     def _provider(self, peer: Any) -> Provider:
         info = self.dht.routing_table.get_peer_info(peer)
         return Provider(str(peer), _texts(info.addrs) if info is not None else ())
 
 
 @asynccontextmanager
-async def open_kademlia(network: Libp2pNetwork, *, server: bool) -> AsyncIterator[KademliaNode]:
-    """Join the DHT until the block ends; a `server` keeps records for others and answers them."""
+async def open_kademlia(
+    network: Libp2pNetwork, *, server: bool, namespaces: Namespaces | None = None
+) -> AsyncIterator[KademliaNode]:
+    """Join the DHT until the block ends; a `server` keeps records for others and answers them.
+
+    `namespaces` are the rules for values; those of others are refused.
+    """
     host = network.host
-    dht = KadDHT(host, DHTMode.SERVER if server else DHTMode.CLIENT, strict_validation=True)
+    rules = namespaces or {}
+    dht = KadDHT(
+        OwnProtocolHost(host),
+        DHTMode.SERVER if server else DHTMode.CLIENT,
+        validator=_Rules(rules),
+        validator_changed=True,
+        strict_validation=True,
+    )
     dht._provider_rate_max = ANNOUNCEMENTS
     dht._inbound_limiter = trio.CapacityLimiter(STREAMS)
+    admit_own(dht.routing_table, host)
     dht.add_peer = _add_known_server(host, dht.routing_table)
     _bound_keys(dht.provider_store)
-    node = KademliaNode(network, dht)
+    node = KademliaNode(network, dht, rules)
     async with background_trio_service(dht), trio.open_nursery() as nursery:
         watch = _Arrivals(nursery, node)
         swarm = host.get_network()
@@ -176,6 +234,22 @@ async def open_kademlia(network: Libp2pNetwork, *, server: bool) -> AsyncIterato
         finally:
             swarm.remove_notifee(watch)
             nursery.cancel_scope.cancel()
+
+
+class _Rules(NamespacedValidator):  # type: ignore[misc]  # libp2p is untyped to us
+    """Our rules where the library asks for its own; the last of equals wins, so that one is renewed."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        super().__init__({}, strict_validation=True)
+        self._namespaces = namespaces
+
+    def validate(self, key: str, value: bytes) -> None:
+        """Raise for what is no value of `key`."""
+        check_value_untrusted(self._namespaces, key.encode(), value)
+
+    def select(self, key: str, values: list[bytes]) -> int:
+        """Which of several is right."""
+        return best_index(self._namespaces, key.encode(), values)
 
 
 class _Arrivals(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
@@ -209,7 +283,7 @@ def _add_known_server(host: Any, table: Any) -> Any:
     """In place of the DHT's `add_peer`, which takes whoever asks for a DHT server."""
 
     async def add_peer(peer: Any, *, skip_server_mode_check: bool = False) -> bool:
-        if PROTOCOL not in _protocols(host.get_peerstore(), peer):
+        if PROTOCOL not in protocols(host, peer):
             return False
         return bool(await table.add_peer(peer))
 
@@ -229,14 +303,6 @@ def _bound_keys(store: Any) -> None:
 
 def _texts(addrs: Sequence[Any]) -> tuple[str, ...]:
     return tuple(str(addr).partition("/p2p/")[0] for addr in addrs)
-
-
-def _protocols(store: Any, peer: Any) -> Sequence[str]:
-    """What a peer said it speaks; empty before it has."""
-    try:
-        return [str(protocol) for protocol in store.get_protocols(peer)]
-    except PeerStoreError:
-        return []
 
 
 async def _send(stream: Stream, message: Any) -> None:

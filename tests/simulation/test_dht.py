@@ -28,6 +28,8 @@ class SimulatedNode:
     peer_id: str
     knows: list[str] = field(default_factory=list)
     records: dict[bytes, dict[str, None]] = field(default_factory=dict)
+    values: dict[bytes, bytes] = field(default_factory=dict)
+    """Of which the largest is right."""
     delay: float = 0.05
     dead: bool = False
     """Refuses at once."""
@@ -51,6 +53,22 @@ class SimulatedNode:
 
     def forget_own(self, key: bytes) -> None:
         self.records.get(key, {}).pop(self.peer_id, None)
+
+    def own_value(self, key: bytes) -> bytes | None:
+        return self.values.get(key)
+
+    def keep_value(self, key: bytes, value: bytes) -> None:
+        self.values[key] = max(value, self.values.get(key, b""))
+
+    def sort_values(self, key: bytes, values: Iterable[bytes]) -> Sequence[bytes]:
+        return sorted(set(values), reverse=True)
+
+    async def ask_value(self, peer: Provider, key: bytes) -> Answer:
+        other = await self.world.reach(peer.peer)
+        return Answer((), other.start_peers(key), other.own_value(key))
+
+    async def put_value(self, peer: Provider, key: bytes, value: bytes) -> None:
+        (await self.world.reach(peer.peer)).keep_value(key, value)
 
     def drop_peer(self, peer: str) -> None:
         if peer in self.knows:
@@ -267,3 +285,25 @@ def test_a_lookup_never_asks_us_and_refuses_ids_that_are_none() -> None:
     assert lookup.done
     with pytest.raises(RemoteProtocolError):
         lookup.learn([Provider("nonsense")])
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_newest_value_is_found_wherever_old_ones_linger(
+    seed: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(seed, 100)
+    key = b"/test/name"
+    assert await world.service(0).put_value(key, b"1") == WIDTH
+    holders = world.true_closest(key, without=world.service(0).node.peer_id)
+    gone = [world.nodes[name] for name in holders[: WIDTH - 1]]
+    for node in gone:
+        node.silent = True
+    assert await world.service(1).put_value(key, b"2") == WIDTH
+    for node in gone:
+        node.silent = False
+    assert await world.service(2).get_values(key) == [b"2", b"1"]
+    # An old one changes nothing, and says so.
+    assert await world.service(3).put_value(key, b"1") < WIDTH
+    assert (await world.service(4).get_values(key))[0] == b"2"
+    assert await world.service(4).get_values(b"/test/other") == []

@@ -20,6 +20,7 @@ from omnistore.dht.records import provider_key
 from omnistore.dht.service import DHTService
 from omnistore.keys import PrivateKey
 from omnistore.net.interface import Provider, Stream
+from omnistore.net.kad_protocol import OwnProtocolHost
 from omnistore.net.kademlia import open_kademlia
 from omnistore.net.libp2p import open_network
 
@@ -77,7 +78,7 @@ async def test_streams_both_ways() -> None:
 @pytest.mark.trio
 async def test_records_both_ways() -> None:
     host = stock()
-    dht = KadDHT(host, DHTMode.SERVER)
+    dht = KadDHT(OwnProtocolHost(host), DHTMode.SERVER)
     async with (
         open_network(PrivateKey(secrets.token_bytes(32)), ["/ip4/127.0.0.1/tcp/0"]) as network,
         open_kademlia(network, server=True) as node,

@@ -12,10 +12,12 @@ import trio
 from omnistore.cid import CID, RAW
 from omnistore.dht.records import provider_key
 from omnistore.dht.service import DHTService
-from omnistore.errors import PeerUnreachable, RemoteProtocolError
+from omnistore.dht.values import MAX_VALUE
+from omnistore.errors import MalformedManifest, PeerUnreachable, RemoteProtocolError
 from omnistore.keys import PrivateKey
 from omnistore.net.interface import Provider, Stream
-from omnistore.net.kademlia import MAX_KEYS, PROTOCOL, KademliaNode, open_kademlia
+from omnistore.net.kad_protocol import PROTOCOL
+from omnistore.net.kademlia import MAX_KEYS, KademliaNode, open_kademlia
 from omnistore.net.libp2p import Libp2pNetwork, open_network
 
 
@@ -23,12 +25,23 @@ def some_cid() -> CID:
     return CID.of_digest(RAW, secrets.token_bytes(32))
 
 
+class Numbers:
+    """Values are decimal numbers, and the largest is right."""
+
+    def check_untrusted(self, key: bytes, value: bytes) -> None:
+        if not value.isdigit():
+            raise MalformedManifest(f"{value!r} is not a number")
+
+    def rank(self, key: bytes, value: bytes) -> int:
+        return int(value)
+
+
 @asynccontextmanager
 async def member(*, server: bool = True) -> AsyncIterator[KademliaNode]:
     key = PrivateKey(secrets.token_bytes(32))
     async with (
         open_network(key, ["/ip4/127.0.0.1/tcp/0"]) as network,
-        open_kademlia(network, server=server) as node,
+        open_kademlia(network, server=server, namespaces={"numbers": Numbers()}) as node,
     ):
         yield node
 
@@ -132,6 +145,63 @@ async def test_records_for_others_are_bounded() -> None:
         assert await DHTService(sender).provide(some_cid()) == 0
         store.providers.popitem()
         assert await DHTService(sender).provide(some_cid()) == 1
+
+
+@pytest.mark.trio
+async def test_values_reach_every_node_and_old_ones_never_win() -> None:
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(member()) for _ in range(4)]
+        for node in nodes[1:]:
+            await join(node, nodes[0])
+        await until(lambda: len(table(nodes[0])) == 3)
+        one, other, third = (DHTService(node) for node in nodes[:3])
+        assert await one.put_value(b"/numbers/a", b"7") == 3
+        assert await other.get_values(b"/numbers/a") == [b"7"]
+        # Once more the same: kept for another day, where the library would refuse it.
+        before = {node.dht.value_store.get(b"/numbers/a").timeReceived for node in nodes[1:]}
+        assert await one.put_value(b"/numbers/a", b"7") == 3
+        after = {node.dht.value_store.get(b"/numbers/a").timeReceived for node in nodes[1:]}
+        assert before.isdisjoint(after)
+        assert await third.put_value(b"/numbers/a", b"8") == 3
+        assert await other.put_value(b"/numbers/a", b"7") == 0
+        assert [node.own_value(b"/numbers/a") for node in nodes] == [b"8"] * 4
+        assert await other.get_values(b"/numbers/a") == [b"8"]
+        assert await other.get_values(b"/numbers/b") == []
+
+
+JUNK = {
+    "no number": (b"/numbers/a", b"seven"),
+    "empty": (b"/numbers/a", b""),
+    "no namespace": (b"numbers", b"7"),
+    "nothing in the namespace": (b"/numbers/", b"7"),
+    "another namespace": (b"/letters/a", b"7"),
+    "not text": (b"/numbers/\xff", b"7"),
+    "long key": (b"/numbers/" + b"a" * 200, b"7"),
+    "long value": (b"/numbers/a", b"7" * (MAX_VALUE + 1)),
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("key", "value"), JUNK.values(), ids=JUNK)
+async def test_junk_is_refused_where_it_would_be_kept(key: bytes, value: bytes) -> None:
+    async with member() as keeper, member() as sender:
+        await join(sender, keeper)
+        # Past the checks on the sender's own side.
+        await sender.put_value(Provider(keeper.peer_id), key, value)
+        assert not keeper.dht.value_store.store
+        with pytest.raises(RemoteProtocolError):
+            await DHTService(sender).put_value(key, value)
+
+
+@pytest.mark.trio
+async def test_junk_that_a_liar_answers_is_left_out() -> None:
+    async with member() as liar, member() as seeker:
+        await join(seeker, liar)
+        liar.dht.value_store.put(b"/numbers/a", b"seven")
+        assert await DHTService(seeker).get_values(b"/numbers/a") == []
+        # Nor does what it keeps hide a true one.
+        assert await DHTService(seeker).put_value(b"/numbers/a", b"7") in (0, 1)
+        assert await DHTService(seeker).get_values(b"/numbers/a") == [b"7"]
 
 
 async def garbage(stream: Stream) -> None:

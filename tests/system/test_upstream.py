@@ -145,6 +145,14 @@ async def test_a_dht_takes_ten_announcements_and_twelve_questions() -> None:
 
 
 @pytest.mark.trio
+async def test_a_dht_speaks_the_public_networks_protocol_whatever_it_is_told() -> None:
+    """Were it not so, `kad_protocol` could go."""
+    async with stock_host() as host:
+        KadDHT(host, DHTMode.SERVER, protocol_prefix="/omni")
+        assert "/ipfs/kad/1.0.0" in host.get_mux().get_protocols()
+
+
+@pytest.mark.trio
 async def test_a_dht_takes_whoever_asks_for_a_server() -> None:
     async with stock_host() as server, stock_host() as client:
         dht = KadDHT(server, DHTMode.SERVER)
