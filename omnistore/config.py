@@ -13,14 +13,19 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from omnistore.errors import BadConfig
 from omnistore.keys import SEED_SIZE, PrivateKey
+from omnistore.net.addresses import parse_dialable_untrusted, parse_untrusted
 from omnistore.settings import MAX_FILE, METADATA, Setting, parse_file_untrusted, setting
 
 FILE_NAME: Final = "config.toml"
 KEY_NAME: Final = "identity.key"
+_ADDRESSES: Final = MappingProxyType(
+    {"listen": parse_untrusted, "announce": parse_untrusted, "bootstrap": parse_dialable_untrusted}
+)
 _KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x40))
 """Protobuf of libp2p's PrivateKey{Type: Ed25519, Data: 64 bytes}, up to the data: seed, then public key."""
 _KEY_SIZE: Final = len(_KEY_PREFIX) + 2 * SEED_SIZE
@@ -50,17 +55,17 @@ class Config:
     )
     up_limit: int | None = setting(
         None, "bytes/s", "Most that is sent to all peers together. None: as fast as the network goes.",
-        low=1 << 10, high=1 << 40,
+        low=1000, high=10**12,
     )  # fmt: skip
     down_limit: int | None = setting(
         None, "bytes/s", "Most that is received from all peers together. None: as fast as it goes.",
-        low=1 << 10, high=1 << 40,
+        low=1000, high=10**12,
     )  # fmt: skip
     disk_cap: int | None = setting(
         None, "bytes",
         "Disk space for models fetched; above it the least recently used ones that are not pinned go."
         " None: they stay until `omni gc`.",
-        low=0, high=1 << 60,
+        low=0, high=10**15,
     )  # fmt: skip
     window: int = setting(
         64 << 20, "bytes",
@@ -76,7 +81,7 @@ class Config:
     disk_reserve: int = setting(
         64 << 20, "bytes",
         "Disk space that fetching leaves free: the index, and every other program, need some.",
-        low=0, high=1 << 60,
+        low=0, high=10**15,
     )  # fmt: skip
     copy_batch: int = setting(
         32 << 20, "bytes",
@@ -126,6 +131,13 @@ def read_config(environ: Mapping[str, str]) -> ReadConfig:
     except OSError as error:
         raise BadConfig(f"{path} can not be read: {error.strerror}") from None
     found = parse_file_untrusted(data, str(path), settings())
+    for name, parse in _ADDRESSES.items():
+        value, where = found.get(name, ((), ""))
+        for addr in value if isinstance(value, tuple) else ():
+            try:
+                parse(addr)
+            except BadConfig as error:
+                raise BadConfig(f"{where}: {name}: {error.message}", remedy=error.remedy) from None
     values: dict[str, Any] = {name: value for name, (value, _) in found.items()}
     return ReadConfig(Config(home, **values), {name: where for name, (_, where) in found.items()})
 

@@ -7,6 +7,7 @@ look into addresses: those are checked by whoever listens or dials.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -34,6 +35,23 @@ _SECONDS: Final = MappingProxyType(
 )
 _QUANTITY: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})(/s)?", re.ASCII)
 _SIZE: Final = re.compile(r"([kKMGTP]?)(i?)B")
+_WRITTEN: Final = MappingProxyType(
+    {
+        "bytes": {
+            "PB": 10**15,
+            "TB": 10**12,
+            "TiB": 1 << 40,
+            "GB": 10**9,
+            "GiB": 1 << 30,
+            "MB": 10**6,
+            "MiB": 1 << 20,
+            "kB": 1000,
+            "KiB": 1 << 10,
+        },
+        "seconds": {"d": 86400, "h": 3600, "min": 60, "s": 1},
+    }
+)
+"""Units a value is written in, by what it counts, largest first."""
 _EXAMPLES: Final = MappingProxyType(
     {
         "bytes": 'a number of bytes, or a text such as "20GB" or "64MiB"',
@@ -116,11 +134,35 @@ def check_untrusted(name: str, described: Setting, value: object) -> Value:
 
 
 def allowed_range(described: Setting) -> str:
-    """Least and most, for people."""
-    low, high = (None if end is None else f"{end:g}" if end < 1e6 else f"{end:.0f}"
-                 for end in (described.low, described.high))  # fmt: skip
-    ends = f"{low} to {high}" if low and high else f"{low} or more" if low else f"up to {high}"
-    return f"{ends} {described.unit}"
+    """Least and most, for people; only its unit where there is neither."""
+    low, high = (
+        None if end is None else _number(described.unit, end) for end in (described.low, described.high)
+    )
+    if low is None and high is None:
+        return described.unit
+    return f"{low} to {high}" if low and high else f"{low} or more" if low else f"up to {high}"
+
+
+def written(described: Setting, value: Value) -> str:
+    """A value as a configuration file has it, in the largest unit that keeps it whole."""
+    match value:
+        case None:
+            return '"none"'
+        case bool():
+            return str(value).lower()
+        case str() | tuple():
+            # TOML's texts are JSON's, but for one character.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    number = _number(described.unit, value)
+    return number if number.replace(".", "").isdigit() else f'"{number}"'
+
+
+def _number(unit: Unit, value: float) -> str:
+    rate = "/s" if unit == "bytes/s" else ""
+    for suffix, factor in _WRITTEN.get(unit.partition("/")[0], {}).items():
+        if value and value % factor == 0:
+            return f"{value // factor:.0f}{suffix}{rate}"
+    return f"{value:.6f}" if value % 1 else f"{value:.0f}"
 
 
 def _typed(unit: Unit, value: object) -> Value:
@@ -131,7 +173,7 @@ def _typed(unit: Unit, value: object) -> Value:
             raise _refused(value, unit)
         case "address", str() if value:
             return value
-        case "addresses", list() | tuple() if all(isinstance(item, str) and item for item in value):
+        case "addresses", list() | tuple() if all(isinstance(item, str) for item in value):
             return tuple(value)
         case "bytes" | "bytes/s" | "count", int():
             return value

@@ -132,21 +132,23 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     for addr in others:
         parse_dialable_untrusted(addr)
     providers = tuple(provider_at(addr) for addr in others)
-    store_config = config()
+    store_config = config(bootstrap=asked.bootstrap)
     if whole and not others and not asked.bootstrap:
         with home_store() as store:
             alone = _Alone(load_key(store_config.home).public.peer_id)
             site = Site(alone, None, store, NetworkWeights(alone, None, store))
             yield await _opened(asked, output, cid, site)
         return
-    if not others and not asked.bootstrap:
+    if not others and not store_config.bootstrap:
         raise InputError(
             f"{asked.model} is not here, or not whole, and there is nobody to ask for it",
             remedy="Give a seed's address with --peer, or any node's with --bootstrap. If you added it here,"
             " `omni verify` names the file that is gone or has changed.",
         )
-    async with open_node(store_config, NodeOptions(bootstrap=asked.bootstrap, alone_ok=bool(others))) as node:
-        routing = node.routing if asked.bootstrap else None
+    async with open_node(
+        store_config, NodeOptions(bootstrap=store_config.bootstrap, alone_ok=bool(others))
+    ) as node:
+        routing = node.routing if store_config.bootstrap else None
         weights = NetworkWeights(node.network, routing, node.store)
         await weights.fetch(cid, header_parts, providers)
         yield await _opened(asked, output, cid, Site(node.network, routing, node.store, weights))

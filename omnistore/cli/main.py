@@ -40,6 +40,7 @@ _OWN: Final = MappingProxyType(
         "gc": "Free what no pin keeps.",
         "du": "Show where the bytes are.",
         "id": "Show this node's peer ID.",
+        "config": "Show every setting, its value and what it may be.",
     }
 )
 """Subcommand to its line in `omni --help`; each lives in `omnistore.cli.<name>` under its own name."""

@@ -14,6 +14,7 @@ import trio
 from omnistore.cid import CID
 from omnistore.cli.home import config, home_store
 from omnistore.cli.output import Output, Progress, size, with_output
+from omnistore.config import Config
 from omnistore.errors import BlockMissing, InputError
 from omnistore.manifest import Manifest, PartKey
 from omnistore.net.addresses import parse_dialable_untrusted
@@ -55,18 +56,19 @@ def pin(
     select = every_part if layers is None else partial(parse_parts, layers)
     for addr in peers:
         parse_dialable_untrusted(addr)
-    limits = SessionLimits(flow=FlowLimits(ceiling=config().window))
+    settings = config(bootstrap=bootstrap)
+    limits = SessionLimits(flow=FlowLimits(ceiling=settings.window))
     options = FetchOptions(select, peers, to.absolute() if to else None, limits)
     with home_store() as store:
         report = trio.run(_from_here, store, wanted, options) if _is_here(store, wanted, select) else None
-    if report is None and not (peers or bootstrap):
+    if report is None and not (peers or settings.bootstrap):
         raise InputError(
             f"{cid} is not here, and there is nobody to ask for it",
             remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
         )
     if report is None:
         with output.progress("looking for the model", 0) as bar:
-            report = trio.run(_from_peers, wanted, options, bootstrap, partial(_show, output, bar, _Shown()))
+            report = trio.run(_from_peers, settings, wanted, options, partial(_show, output, bar, _Shown()))
     _tell(output, report)
 
 
@@ -83,11 +85,12 @@ async def _from_here(store: Store, cid: CID, options: FetchOptions) -> FetchRepo
 
 
 async def _from_peers(
-    cid: CID, options: FetchOptions, bootstrap: tuple[str, ...], progress: Callable[[FetchProgress], None]
+    settings: Config, cid: CID, options: FetchOptions, progress: Callable[[FetchProgress], None]
 ) -> FetchReport:
     # While it fetches, the node serves what it already holds.
-    async with open_node(config(), NodeOptions(bootstrap=bootstrap, alone_ok=bool(options.peers))) as node:
-        routing = node.routing if bootstrap else None
+    joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(options.peers))
+    async with open_node(settings, joining) as node:
+        routing = node.routing if settings.bootstrap else None
         return await fetch_model(node.network, routing, node.store, cid, options, progress)
 
 

@@ -14,6 +14,7 @@ from omnistore.cli.output import Output, size, with_output
 from omnistore.errors import BadConfig
 
 if TYPE_CHECKING:
+    from omnistore.config import Config
     from omnistore.node import NodeEvent
 
 DEFAULT_PORT: Final = 4141
@@ -24,9 +25,7 @@ DEFAULT_PORT: Final = 4141
 class _Seed:
     """What was asked for."""
 
-    listen: Sequence[str]
-    bootstrap: Sequence[str]
-    announce: Sequence[str]
+    settings: Config
     compute: float | None
     """Gigabytes lent; 0 for what is free; None for no compute."""
     allow: Sequence[str]
@@ -63,10 +62,11 @@ def seed(
         raise BadConfig(
             "--allow is about --compute, which was not given", remedy="Add --compute, or drop it."
         )
+    settings = config(listen=listen, bootstrap=bootstrap, announce=announce)
     # The network takes half a second to import: not for `omni seed --help`.
     import trio
 
-    trio.run(_run, output, _Seed(listen or default_listen(), bootstrap, announce, compute, allow))
+    trio.run(_run, output, _Seed(settings, compute, allow))
 
 
 def default_listen() -> tuple[str, ...]:
@@ -84,13 +84,13 @@ async def _run(output: Output, asked: _Seed) -> None:
 
     options = NodeOptions(
         server=True,
-        listen=asked.listen,
-        bootstrap=asked.bootstrap,
-        announce=asked.announce,
+        listen=asked.settings.listen or default_listen(),
+        bootstrap=asked.settings.bootstrap,
+        announce=asked.settings.announce,
         on_event=lambda event: _report(output, event),
     )
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with open_node(config(), options) as node:
+        async with open_node(asked.settings, options) as node:
             if asked.compute is not None:
                 node.start_service(
                     "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}

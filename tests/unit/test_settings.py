@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from omnistore.config import FILE_NAME, Config, read_config, settings
 from omnistore.errors import BadConfig
-from omnistore.settings import MAX_FILE, METADATA, Unit, parse_file_untrusted, parse_quantity_untrusted
+from omnistore.settings import (
+    MAX_FILE,
+    METADATA,
+    Unit,
+    Value,
+    parse_file_untrusted,
+    parse_quantity_untrusted,
+    written,
+)
+
+ADDR = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 
 
 @pytest.mark.parametrize(
@@ -77,14 +87,14 @@ def write(home: Path, text: str | bytes) -> None:
 def test_a_file_changes_what_it_names(home: Path) -> None:
     write(
         home,
-        '# ours\nup_limit = "10MB/s"\nbootstrap = ["/ip4/127.0.0.1/tcp/1/p2p/x"]\nmdns = false\n'
+        '# ours\nup_limit = "10MB/s"\nbootstrap = ["' + ADDR + '"]\nmdns = false\n'
         'node_grace="2h"\ndisk_cap = 5\nhttp = "127.0.0.1:4142"\ndown_limit = "none"\n',
     )
     read = read_config({"OMNI_HOME": str(home)})
     assert read.config == Config(
         home,
         up_limit=10_000_000,
-        bootstrap=("/ip4/127.0.0.1/tcp/1/p2p/x",),
+        bootstrap=(ADDR,),
         mdns=False,
         node_grace=7200.0,
         disk_cap=5,
@@ -93,6 +103,28 @@ def test_a_file_changes_what_it_names(home: Path) -> None:
     assert read.sources["up_limit"] == f"{home / FILE_NAME}:2"
     assert read.sources["node_grace"] == f"{home / FILE_NAME}:5"
     assert Config.from_environment({"OMNI_HOME": str(home)}) == read.config
+
+
+@given(st.data())
+def test_what_is_written_reads_back(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(settings())))
+    described = settings()[name]
+    value: Value
+    match described.unit:
+        case "yes/no":
+            value = data.draw(st.booleans())
+        case "address":
+            value = data.draw(
+                st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text != "none")
+            )
+        case "addresses":
+            value = tuple(data.draw(st.lists(st.text(st.characters(codec="utf-8"), min_size=1))))
+        case "seconds":
+            value = float(data.draw(st.integers(int(described.low or 0), int(described.high or 0))))
+        case _:
+            value = data.draw(st.integers(int(described.low or 0), int(described.high or 0)))
+    line = f"{name} = {written(described, value)}"
+    assert parse_file_untrusted(line.encode(), "f", settings())[name][0] == value
 
 
 def test_no_file_means_the_defaults(home: Path) -> None:
@@ -106,11 +138,13 @@ def test_no_file_means_the_defaults(home: Path) -> None:
         ("[network]\nup_limit = 1", [":1", "'network'"]),
         ("up_limit = true", [":1", "up_limit", "bytes a second", '"none"']),
         ('up_limit = "10MB"', ["up_limit", '"10MB/s"']),
-        ("up_limit = 1", ["up_limit", "out of range", "1024 to 1099511627776 bytes/s"]),
+        ("up_limit = 1", ["up_limit", "out of range", "1kB/s to 1TB/s"]),
         ("window = 1.5", ["window", "number of bytes"]),
         ('mdns = "yes"', ["mdns", "true or false"]),
         ("mdns = 1", ["mdns", "true or false"]),
         ('bootstrap = "x"', ["bootstrap", "list of texts"]),
+        ('listen = ["/ip4/1.2.3.4"]', [":1", "listen", "'/ip4/1.2.3.4'"]),
+        ('bootstrap = ["/ip4/1.2.3.4/tcp/1"]', [":1", "bootstrap", "'/ip4/1.2.3.4/tcp/1'"]),
         ("bootstrap = [1]", ["bootstrap", "list of texts"]),
         ("http = 80", ["http", "text"]),
         ("node_grace = nan", ["node_grace", "seconds"]),
