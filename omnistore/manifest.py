@@ -363,7 +363,11 @@ def _signed(node: Mapping[str, Any]) -> SignedManifest:
 
 def _manifest(node: Mapping[str, Any]) -> Manifest:
     what = "manifest"
-    version = node.get("omni")
+    if "omni" not in node:
+        raise MalformedManifest(
+            "the CID names a node, but no manifest", remedy="`omni add` prints a manifest's."
+        )
+    version = node["omni"]
     if version != FORMAT_VERSION or version is True:
         raise MalformedManifest(
             f"manifest of format version {reprlib.repr(version)}; version {FORMAT_VERSION} is read here",

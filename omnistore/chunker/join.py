@@ -56,7 +56,9 @@ def join_file(path: Path, size: int, placements: Iterable[Placement], read: Read
         _sync_directory(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreFull(f"{path}: no room for {size} bytes") from error
+            raise StoreFull(
+                f"{path}: no room for {size:,} bytes", remedy="Free some space, or choose another disk."
+            ) from error
         raise InputError(f"{path}: can not be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

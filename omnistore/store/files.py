@@ -193,11 +193,13 @@ class FileStore:
         """Forget a place whose bytes are not the block's; all of a file that is gone."""
         file = location.file
         gone = not file.where.exists() and not (file.owned and other_name(file).exists())
-        with self.index.writing() as writer:
-            if gone:
-                writer.set_lost(file.id, True)
-            else:
-                writer.drop_location(cid.digest, file.id, location.offset)
+        # What may not be read just now is not forgotten: nothing says that its bytes are wrong.
+        if gone or os.access(file.where, os.R_OK):
+            with self.index.writing() as writer:
+                if gone:
+                    writer.set_lost(file.id, True)
+                else:
+                    writer.drop_location(cid.digest, file.id, location.offset)
         with self._lock:
             first = file.id not in self._reported
             self._reported.add(file.id)
