@@ -37,7 +37,7 @@ from omnistore.net.interface import ContentRouting, Network, Provider
 from omnistore.store.interface import Store
 from omnistore.transfer.client import provider_at
 
-_RANGE: Final = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RANGE: Final = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _log = logging.getLogger(__name__)
 
 

@@ -9,6 +9,7 @@ was not allowed by name, or by `--allow any`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,7 @@ from omnistore.errors import (
     PlanInfeasible,
     ProtocolError,
 )
+from omnistore.net.addresses import is_peer_id
 from omnistore.net.interface import ContentRouting, Stream
 from omnistore.store.interface import Store
 
@@ -318,9 +320,15 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
     """Lend compute beside a node's other services, until it stops.
 
     Options: `memory_gb` (gigabytes; None for what is free now) and `allow` (peer IDs; `any` among them lets
-    everybody in; none lets nobody in).
+    everybody in; none lets nobody in). Raises `BadConfig` for others.
     """
     allow = frozenset(options.get("allow") or ())
+    for peer in allow:
+        if peer != "any" and not is_peer_id(peer):
+            raise BadConfig(
+                f"--allow {peer!r} is not a peer ID",
+                remedy="`omni id` on that machine prints it; or say any.",
+            )
     lend = LendOptions(_bytes(options.get("memory_gb")), None if "any" in allow else allow)
     if not allow:
         _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
@@ -333,6 +341,8 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
 
 
 def _bytes(gigabytes: float | None) -> int | None:
+    if gigabytes is not None and not math.isfinite(gigabytes):
+        raise BadConfig(f"--compute={gigabytes} is not a number of gigabytes", remedy="Say --compute=8.")
     return None if gigabytes is None else int(gigabytes * 1e9)
 
 

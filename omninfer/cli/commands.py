@@ -18,6 +18,7 @@ from omninfer.chat import ChatTemplate
 from omninfer.cli.opening import Asked, OpenModel, open_model, report, summary
 from omninfer.coordinator import Coordinator
 from omninfer.generation import Generation, generate, new_generation
+from omninfer.tokenizer import MAX_TEXT
 from omnistore.cli.output import Output
 from omnistore.errors import InputError
 
@@ -45,9 +46,11 @@ def _prompt(text: str | None, path: str | None) -> str:
     if (text is None) == (path is None):
         raise InputError("give the prompt once, as --prompt TEXT, --prompt - (stdin) or --prompt-file PATH")
     try:
+        # One character more than a tokenizer takes, so that it can say no; the file may be /dev/zero.
         if path is not None:
-            return Path(path).read_text(encoding="utf-8")
-        return sys.stdin.read() if text == "-" else str(text)
+            with Path(path).open(encoding="utf-8") as file:
+                return file.read(MAX_TEXT + 1)
+        return sys.stdin.read(MAX_TEXT + 1) if text == "-" else str(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompt can not be read: {error}") from None
 

@@ -70,9 +70,14 @@ def parse_untrusted(text: str) -> Address:
     peer = None
     if len(fields) == 7:
         peer = fields[6]
-        if fields[5] != "p2p" or not 32 <= len(peer) <= 64 or not _BASE58.issuperset(peer):
+        if fields[5] != "p2p" or not is_peer_id(peer):
             raise BadConfig(f"{text!r}: {peer!r} is not a peer ID", remedy=remedy)
     return Address(kind, host, int(port), peer)
+
+
+def is_peer_id(text: str) -> bool:
+    """Whether a text looks like a peer ID: base58btc of a likely length."""
+    return 32 <= len(text) <= 64 and _BASE58.issuperset(text)
 
 
 def parse_dialable_untrusted(text: str) -> tuple[Address, str]:

@@ -236,3 +236,68 @@ def test_bytes_that_were_forgotten_are_not_called_good(said: Said, gguf: Path) -
     assert said("verify", "--repair")[0] == 4
     code, told = said("verify")
     assert (code, "It is not whole" in told) == (0, True)
+
+
+def test_a_file_that_may_not_be_read_is_not_forgotten(
+    said: Said, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said("add", gguf)[0] == 0
+    opened, allowed = os.open, os.access
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if os.fspath(path) == str(gguf):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        patched.setattr(os, "access", lambda path, mode: path != gguf and allowed(path, mode))
+        code, told = said("export", "tiny", "--output", gguf.with_name("copy.gguf"))
+    assert (code, "Permission denied" in told) == (6, True), told
+    assert said("export", "tiny", "--output", gguf.with_name("copy.gguf"))[0] == 0
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/nowhere", "/tmp"])
+def test_a_prompt_file_that_is_none(said: Said, gguf: Path, path: str) -> None:
+    assert said("add", gguf)[0] == 0
+    code, told = said("run", "tiny", "--prompt-file", path)
+    assert code == 2
+    assert "omni: " in told
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--max-tokens", "-1"], "max-tokens is -1"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-p", "7"], "top_p is 7"),
+        (["--min-p", "nan"], "min_p is nan"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--context", "0"], "--context"),
+        (["--context", "1"], "context has room for 1"),
+        (["--engine", "cuda9"], "cuda9"),
+        (["--layers", "5-2"], "5-2"),
+        (["--layers", "0-99"], "0-99"),
+        (["--layers", "٣"], "'٣' says nothing"),
+        (["--layers", ""], "'' says nothing"),
+        (["--with", "x"], "'x' is not a TCP multiaddr"),
+        (["--prompt", "\udcff"], "valid UTF-8"),
+        (["--prompt", "y " * 5000], "context has room for"),
+        (["--prompt", "x" * (1 << 24) + "x"], "characters"),
+        (["--stop", ""], "stop"),
+    ],
+)
+def test_arguments_of_run_out_of_range(said: Said, gguf: Path, args: list[str], why: str) -> None:
+    assert said("add", gguf)[0] == 0
+    prompt = [] if "--prompt" in args else ["--prompt", "Once upon a time"]
+    code, told = said("run", "tiny", *prompt, *args, "--json")
+    assert (code, why in told) == (2, True), told
+
+
+@pytest.mark.parametrize("args", [["--compute=nan"], ["--compute=inf"], ["--compute", "--allow", "somebody"]])
+def test_what_is_lent_and_to_whom_is_checked(said: Said, args: list[str]) -> None:
+    code, told = said("seed", "--listen", "/ip4/127.0.0.1/tcp/0", *args)
+    assert code == 2, told
+    assert args[-1].rpartition("=")[2] in told
