@@ -248,7 +248,7 @@ def test_decoding_an_id_outside_the_vocabulary(id_: int) -> None:
 
 
 def test_text_that_is_no_unicode_or_too_long() -> None:
-    with pytest.raises(InputError, match="UTF-8 at character 1$"):
+    with pytest.raises(InputError, match=r"UTF-8 at character 1$"):
         spm().encode("a\ud800", add_special=False, parse_special=False)
     with pytest.raises(InputError, match="characters"):
         spm().encode("a" * ((1 << 24) + 1), add_special=False, parse_special=False)
