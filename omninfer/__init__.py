@@ -1,5 +1,7 @@
 """Inference over content-addressed weights: plan the layers, assemble a stage, run the pipeline.
 
+The map, from the ground up:
+
     arch  tokenizer  chat  sampling  plan  frames      pure
     engines                                            mlx and numpy behind one interface
     sources  profile  stage                            weights out of the store; lending compute
