@@ -1,12 +1,15 @@
 """When to announce what (pure; spec/04-discovery §5).
 
     event                          commands
-    Held(keys)      new keys       Provide at once, `parallel` at a time
+    Held(keys)      new keys       Provide at once, before all others, `parallel` at a time
                     keys gone      Forget
     Provided(n>0)                  Provide again after `interval`, spread over its last fifth
     Provided(0)                    Provide again after `retry_first`, twice that, … `retry_most`
     PeerAppeared                   keys with too few copies: Provide soon
     Tick                           whatever is due
+
+Never more than `burst` announcements at once and `rate` a second after that: each asks some twenty
+peers two or three questions, and a node with 10,000 keys is to work on them at leisure.
 
 `step` returns what to do now; `wake_at` says when to call it again without an event.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from omnistore.cid import CID
 
@@ -29,6 +32,11 @@ class Pace:
     """Between announcements of a key; peers drop a record after 48 hours."""
     parallel: int = 8
     """Announcements under way at once; each asks some twenty peers."""
+    rate: float = 5
+    """Announcements a second when there are many: 10,000 keys take 34 minutes, of the 48 hours that
+    a record lasts."""
+    burst: int = 200
+    """Announcements that need not wait for that: two large models."""
     retry_first: float = 5
     retry_most: float = 900
     copies: int = 20
@@ -36,7 +44,8 @@ class Pace:
     settle: float = 0.5
     """After a new peer, for others that appear at the same time."""
     gap: float = 60
-    """Least time between two announcements of a key that has a copy already."""
+    """Least time between two announcements of a key that has a copy already; more with so many keys
+    that `rate` would not let all of them through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,10 @@ Event: TypeAlias = Held | Provided | PeerAppeared | Tick
 Command: TypeAlias = Provide | Forget
 
 
+_ROUNDING: Final = 1e-6
+"""Of an announcement: sums of fractions that should come to one may be a little less."""
+
+
 @dataclass(slots=True)
 class _Key:
     due: float
@@ -104,7 +117,13 @@ class ReprovideSchedule:
     """Let go while their announcement was under way."""
     _queue: list[tuple[float, CID]] = field(default_factory=list)
     """Due times, some of them outdated: `_keys` is what counts."""
+    _fresh: dict[CID, None] = field(default_factory=dict)
+    """Never announced yet, in the order in which they came."""
     _under_way: int = 0
+    _allowance: float = 0.0
+    """Announcements that may start now, by the rate."""
+    _counted: float = float("-inf")
+    """When `_allowance` was last brought up to date."""
 
     def step(self, event: Event, now: float) -> Sequence[Command]:
         """Take an event in; what to do about it."""
@@ -125,7 +144,10 @@ class ReprovideSchedule:
         if self._under_way >= self.pace.parallel:
             return float("inf")
         self._drop_outdated()
-        return self._queue[0][0] if self._queue else float("inf")
+        if not self._fresh and not self._queue:
+            return float("inf")
+        due = float("-inf") if self._fresh else self._queue[0][0]
+        return max(due, self._counted + max(0.0, 1 - self._allowance) / self.pace.rate)
 
     @property
     def pending(self) -> int:
@@ -135,6 +157,7 @@ class ReprovideSchedule:
     def _hold(self, keys: frozenset[CID], now: float) -> list[Command]:
         gone = sorted(self._keys.keys() - keys)
         for cid in gone:
+            self._fresh.pop(cid, None)
             if self._keys.pop(cid).under_way:
                 self._leaving.add(cid)
         for cid in sorted(keys - self._keys.keys()):
@@ -143,7 +166,7 @@ class ReprovideSchedule:
             self._keys[cid] = key = _Key(now, under_way=returning, again=returning)
             self._leaving.discard(cid)
             if not key.under_way:
-                heapq.heappush(self._queue, (now, cid))
+                self._fresh[cid] = None
         return [Forget(cid) for cid in gone]
 
     def _provided(self, cid: CID, copies: int, now: float) -> list[Command]:
@@ -166,28 +189,46 @@ class ReprovideSchedule:
         return []
 
     def _hurry(self, now: float) -> None:
+        # Spread over what the rate lets through, or they would all be due before what is urgent.
+        spread = max(0.0, len(self._keys) - self.pace.burst) / self.pace.rate
         for cid, key in self._keys.items():
-            if key.under_way or key.copies >= self.pace.copies:
+            if key.under_way or cid in self._fresh or key.copies >= self.pace.copies:
                 continue
             key.failures = 0
             soon = now + self.pace.settle
             if key.copies:
-                soon = max(soon, key.tried + self.pace.gap)
+                soon = max(soon, key.tried + max(self.pace.gap, 4 * spread)) + spread * _fraction(cid)
             if soon < key.due:
                 self._set_due(cid, soon)
 
     def _start_due(self, now: float) -> list[Command]:
+        self._refill(now)
         commands: list[Command] = []
-        while self._under_way < self.pace.parallel:
-            self._drop_outdated()
-            if not self._queue or self._queue[0][0] > now:
+        while self._under_way < self.pace.parallel and self._allowance >= 1 - _ROUNDING:
+            cid = self._next(now)
+            if cid is None:
                 break
-            _, cid = heapq.heappop(self._queue)
             key = self._keys[cid]
             key.under_way, key.tried = True, now
             self._under_way += 1
+            self._allowance -= 1
             commands.append(Provide(cid))
         return commands
+
+    def _next(self, now: float) -> CID | None:
+        """Take what is to be announced next, if anything is due."""
+        if self._fresh:
+            cid = next(iter(self._fresh))
+            del self._fresh[cid]
+            return cid
+        self._drop_outdated()
+        if not self._queue or self._queue[0][0] > now:
+            return None
+        return heapq.heappop(self._queue)[1]
+
+    def _refill(self, now: float) -> None:
+        self._allowance = min(self.pace.burst, self._allowance + (now - self._counted) * self.pace.rate)
+        self._counted = now
 
     def _set_due(self, cid: CID, due: float) -> None:
         self._keys[cid].due = due
@@ -197,7 +238,7 @@ class ReprovideSchedule:
         while self._queue:
             due, cid = self._queue[0]
             key = self._keys.get(cid)
-            if key is not None and not key.under_way and key.due == due:
+            if key is not None and not key.under_way and cid not in self._fresh and key.due == due:
                 return
             heapq.heappop(self._queue)
 

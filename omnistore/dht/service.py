@@ -2,13 +2,13 @@
 
 Nothing is cached: every find asks the network. Every announcement and value is confirmed, by asking the
 peers that should have it; a node without DHT peers announces nothing, and tries again when one
-appears. Providers found are claims: that one is dead is for the caller to notice, and to skip.
+appears. Providers found are claims: that one is dead is for the caller to notice, and to have skipped.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -94,12 +94,17 @@ class DHTService:
                 nursery.start_soon(self._place, peer, key, confirmed)
         return len(confirmed)
 
-    async def find_providers(self, cid: CID, *, limit: int = 20) -> Sequence[Provider]:
-        """Peers that claim to hold `cid`, without us, each once. Empty when there are none."""
+    async def find_providers(
+        self, cid: CID, *, limit: int = 20, skip: Collection[str] = ()
+    ) -> Sequence[Provider]:
+        """Peers that claim to hold `cid`, without us and `skip`, each once. Empty when there are none."""
         key = provider_key(cid)
-        _, answers = await self._walk(key, grace=FIND_GRACE)
+        _, answers = await self._walk(
+            key, settled=lambda answer: any(peer.peer not in skip for peer in answer.providers)
+        )
         found = [provider for answer in answers for provider in answer.providers]
-        return merge([*found, *self.node.own_records(key)], without=self.node.peer_id, limit=limit)
+        others = [peer for peer in (*found, *self.node.own_records(key)) if peer.peer not in skip]
+        return merge(others, without=self.node.peer_id, limit=limit)
 
     async def put_value(self, key: bytes, value: bytes) -> int:
         """Leave a value with the closest peers; how many of them were seen to keep it afterwards.
@@ -154,11 +159,14 @@ class DHTService:
                 return
 
     async def _walk(
-        self, key: bytes, ask: Question | None = None, grace: float = float("inf")
+        self,
+        key: bytes,
+        ask: Question | None = None,
+        settled: Callable[[Answer], bool] = lambda answer: False,
     ) -> tuple[Lookup, list[Answer]]:
         """Look a key up: the finished lookup, and every answer on the way, in order of arrival.
 
-        With `grace`, it ends so long after the first answer that names a provider.
+        It ends `FIND_GRACE` after the first answer that is `settled`, if not before.
         """
         lookup = Lookup(key, self.node.peer_id)
         lookup.learn(self.node.start_peers(key))
@@ -180,8 +188,8 @@ class DHTService:
                         lookup.failed(asked)
                         continue
                     lookup.answered(asked, answer.closer)
-                    if answer.providers:
-                        walking.deadline = min(walking.deadline, trio.current_time() + grace)
+                    if settled(answer):
+                        walking.deadline = min(walking.deadline, trio.current_time() + FIND_GRACE)
                     answers.append(answer)
                 nursery.cancel_scope.cancel()
         return lookup, answers

@@ -6,7 +6,7 @@ Implementations: `omnistore.net.libp2p` (the real one) and `omnistore.testing.ne
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -91,6 +91,11 @@ class ContentRouting(Protocol):
         """Announce that we hold `cid`; the number of peers confirmed to have the record."""
         ...
 
-    async def find_providers(self, cid: CID, *, limit: int = 20) -> Sequence[Provider]:
-        """Peers that claim to hold `cid`, without us, each once. Empty when there are none."""
+    async def find_providers(
+        self, cid: CID, *, limit: int = 20, skip: Collection[str] = ()
+    ) -> Sequence[Provider]:
+        """Peers that claim to hold `cid`, without us, each once. Empty when there are none.
+
+        `skip` are peers that the caller knows, dead ones above all: they take none of the places.
+        """
         ...

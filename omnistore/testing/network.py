@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -242,7 +242,9 @@ class VirtualRouting:
             peers.append(self.node.peer_id)
         return 1
 
-    async def find_providers(self, cid: CID, *, limit: int = 20) -> Sequence[Provider]:
+    async def find_providers(
+        self, cid: CID, *, limit: int = 20, skip: Collection[str] = ()
+    ) -> Sequence[Provider]:
         await trio.sleep(self.latency)
         peers = self.node.network.records.get(cid, [])
-        return [Provider(peer) for peer in peers if peer != self.node.peer_id][:limit]
+        return [Provider(peer) for peer in peers if peer != self.node.peer_id and peer not in skip][:limit]

@@ -190,7 +190,7 @@ async def _discover(swarm: Swarm, routing: ContentRouting, names: Sequence[CID])
         lacking = swarm.session.unheld()
         for cid in (*names, *lacking[:DISCOVERY_PARTS]):
             try:
-                for provider in await routing.find_providers(cid):
+                for provider in await routing.find_providers(cid, skip=swarm.settled()):
                     swarm.add(provider)
             except NetworkError as error:
                 _log.info("looking for providers of %s: %s", cid, error)

@@ -63,6 +63,9 @@ class SwarmLimits:
     """Well under the session's `lonely`, or the only provider could be waited for too long."""
     dials: int = 3
     """Dials without success after which a peer that never answered is no longer hoped for."""
+    redial_dead: float = 60.0
+    """Seconds between two dials of such a one while others are joined: records name peers that are gone
+    for up to 48 hours."""
 
 
 LIMITS: Final = SwarmLimits()
@@ -109,14 +112,15 @@ class Swarm:
     def __init__(
         self, network: Network, session: Session, limits: SwarmLimits = LIMITS, *, finite: bool = False
     ) -> None:
-        """`finite`: no candidates will come beyond those added at the start."""
+        """`finite`: see the attribute."""
         self.session = session
         self.tally = Tally()
         self.progressed: Callable[[], None] = lambda: None
         """Called after blocks were verified."""
         self._network = network
         self._limits = limits
-        self._finite = finite
+        self.finite = finite
+        """Whether no candidates will come beyond those added so far."""
         self._links: dict[str, Link] = {}
         self._candidates: dict[str, Provider] = {}
         self._slots = trio.Semaphore(limits.links)
@@ -147,14 +151,23 @@ class Swarm:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._verify)
 
+    def settled(self) -> Sequence[str]:
+        """Candidates that need not be found again: joined, or not hoped for."""
+        return [peer for peer in self._candidates if peer in self._links or self._hopeless(peer)]
+
     def add(self, provider: Provider) -> None:
         """A peer that may hold something."""
         if provider.peer in self._candidates or provider.peer == self._network.peer_id:
             return
-        if len(self._candidates) < self._limits.candidates:
-            self._candidates[provider.peer] = provider
-            if self._nursery is not None:
-                self._nursery.start_soon(self._keep, provider)
+        if len(self._candidates) >= self._limits.candidates:
+            # Strangers' claims: those that proved to be nobody make room.
+            dead = next((peer for peer in self._candidates if self._hopeless(peer)), None)
+            if dead is None:
+                return
+            del self._candidates[dead]
+        self._candidates[provider.peer] = provider
+        if self._nursery is not None:
+            self._nursery.start_soon(self._keep, provider)
 
     async def fetch(self, wants: Sequence[e.WantsAdded], sink: Sink) -> None:
         """Have every block of `wants` verified and given to `sink`. Raises `NetworkError` or `StoreError`."""
@@ -220,7 +233,7 @@ class Swarm:
                     link.alive = False
                     self._dispatch(e.BytesReceived(peer))
             self._dispatch(e.Tick())
-            if self._finite and all(self._hopeless(peer) for peer in self._candidates):
+            if self.finite and all(self._hopeless(peer) for peer in self._candidates):
                 self._dispatch(e.SourcesExhausted())
 
     def _hopeless(self, peer: str) -> bool:
@@ -231,7 +244,7 @@ class Swarm:
     async def _keep(self, provider: Provider) -> None:
         """Stay joined to one candidate for as long as it behaves."""
         pause = self._limits.redial_least
-        while provider.peer not in self.session.banned:
+        while provider.peer not in self.session.banned and provider.peer in self._candidates:
             async with self._slots:
                 delivered = self._delivered.get(provider.peer, 0)
                 try:
@@ -243,7 +256,8 @@ class Swarm:
                     _log.debug("peer %s: %s", provider.peer, error)
             if self._delivered.get(provider.peer, 0) > delivered:
                 pause = self._limits.redial_least
-            await trio.sleep(pause)
+            late = self._links and self._hopeless(provider.peer)
+            await trio.sleep(self._limits.redial_dead if late else pause)
             pause = min(2 * pause, self._limits.redial_most)
 
     async def _join(self, provider: Provider) -> None:

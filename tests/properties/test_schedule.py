@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import itertools
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Simulated:
                     heapq.heappush(self.under_way, (self.now + self.delay, key))
                 case Forget(key):
                     self.said.discard(key)
-        assert len(self.under_way) <= PACE.parallel
+        assert len(self.under_way) <= self.schedule.pace.parallel
 
     def advance(self, seconds: float) -> None:
         """Let time pass, waking the schedule as its shell would."""
@@ -165,3 +166,73 @@ def test_enough_copies_are_left_alone() -> None:
     world.step(PeerAppeared())
     world.advance(1000)
     assert len(world.announced) == len(KEYS)
+
+
+MANY = [CID.of_digest(RAW, hashlib.sha256(str(n).encode()).digest()) for n in range(10_000)]
+EXPIRY = 48 * 3600
+
+
+def busiest(times: list[float], seconds: float) -> int:
+    """The most announcements in any window of so many seconds."""
+    start, most = 0, 0
+    for index, when in enumerate(times):
+        while times[start] < when - seconds:
+            start += 1
+        most = max(most, index + 1 - start)
+    return most
+
+
+def test_ten_thousand_keys_are_renewed_well_inside_expiry_at_a_bounded_rate() -> None:
+    pace = Pace()
+    world = Simulated(copies=20, schedule=ReprovideSchedule(pace))
+    world.step(Held(frozenset(MANY)))
+    days = 4
+    world.advance(days * 86400)
+    first = [when for when, _ in world.announced[: len(MANY)]]
+    assert {key for _, key in world.announced[: len(MANY)]} == set(MANY)
+    assert first[-1] <= len(MANY) / pace.rate  # 33 minutes
+    times: dict[CID, list[float]] = {key: [] for key in MANY}
+    for when, key in world.announced:
+        times[key].append(when)
+    gaps = [later - earlier for each in times.values() for earlier, later in itertools.pairwise(each)]
+    assert max(gaps) < pace.interval + 60 < EXPIRY / 2
+    assert min(gaps) > 0.75 * pace.interval
+    assert all(each[-1] > days * 86400 - EXPIRY / 2 for each in times.values())
+    again = [when for when, _ in world.announced[len(MANY) :]]
+    assert busiest(first, 60) <= pace.burst + 60 * pace.rate + 1
+    # Later rounds are spread over hours: under one a second at any time.
+    assert busiest(again, 60) <= 60
+    assert len(world.announced) <= len(MANY) * (days * 86400 / (0.75 * pace.interval) + 1)
+
+
+def test_newcomers_to_a_small_network_cause_no_storm_and_delay_nothing_new() -> None:
+    """Three peers keep everything, which is less than wished: each newcomer is a reason to announce."""
+    pace = Pace()
+    world = Simulated(copies=3, schedule=ReprovideSchedule(pace))
+    world.step(Held(frozenset(MANY)))
+    world.advance(3600)
+    before = len(world.announced)
+    for _ in range(60):
+        world.step(PeerAppeared())
+        world.advance(60)
+    times = [when for when, _ in world.announced[before:]]
+    assert busiest(times, 60) <= pace.burst + 60 * pace.rate + 1
+    assert len(times) <= 1.5 * len(MANY)
+    late = CID.of_digest(RAW, bytes(32))
+    world.step(PeerAppeared())
+    world.step(Held(frozenset([*MANY, late])))
+    world.advance(3 + pace.settle)
+    assert late in {key for _, key in world.announced[-50:]}
+
+
+def test_after_hours_alone_everything_is_announced_at_the_rate() -> None:
+    pace = Pace()
+    world = Simulated(copies=0, delay=0.01, schedule=ReprovideSchedule(pace))
+    world.step(Held(frozenset(MANY[:500])))
+    world.advance(4 * 3600)
+    world.copies = 20
+    before = len(world.announced)
+    world.step(PeerAppeared())
+    world.advance(500 / pace.rate + 60)
+    assert world.schedule.pending == 0
+    assert busiest([when for when, _ in world.announced[before:]], 10) <= pace.burst + 10 * pace.rate + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +15,13 @@ import trio.testing
 from omnistore.cid import CID, RAW
 from omnistore.dht.interface import Answer
 from omnistore.dht.lookup import MAX_KNOWN, PARALLEL, WIDTH, Lookup
-from omnistore.dht.records import distance, peer_id_bytes_untrusted, provider_key
+from omnistore.dht.records import peer_id_bytes_untrusted, provider_key
 from omnistore.dht.service import ASK_DEADLINE, FIND_GRACE, WALK_DEADLINE, DHTService
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
 from omnistore.keys import base58
 from omnistore.net.interface import Provider
+
+EXPIRY = 48 * 3600.0
 
 
 @dataclass
@@ -27,7 +31,8 @@ class SimulatedNode:
     world: World
     peer_id: str
     knows: list[str] = field(default_factory=list)
-    records: dict[bytes, dict[str, None]] = field(default_factory=dict)
+    records: dict[bytes, dict[str, float]] = field(default_factory=dict)
+    """When each provider of a key was last announced."""
     values: dict[bytes, bytes] = field(default_factory=dict)
     """Of which the largest is right."""
     delay: float = 0.05
@@ -46,10 +51,11 @@ class SimulatedNode:
         return [Provider(peer) for peer in closest(key, self.knows)[:WIDTH]]
 
     def own_records(self, key: bytes) -> Sequence[Provider]:
-        return [Provider(peer) for peer in self.records.get(key, ())]
+        oldest = trio.current_time() - EXPIRY
+        return [Provider(peer) for peer, when in self.records.get(key, {}).items() if when > oldest]
 
     def keep_own(self, key: bytes) -> None:
-        self.records.setdefault(key, {})[self.peer_id] = None
+        self.records.setdefault(key, {})[self.peer_id] = float("inf")
 
     def forget_own(self, key: bytes) -> None:
         self.records.get(key, {}).pop(self.peer_id, None)
@@ -90,7 +96,7 @@ class SimulatedNode:
         if other.forgetful:
             other.forgetful -= 1
         else:
-            other.records.setdefault(key, {})[self.peer_id] = None
+            other.records.setdefault(key, {})[self.peer_id] = trio.current_time()
 
 
 class World:
@@ -131,7 +137,14 @@ class World:
 
 
 def closest(key: bytes, peers: Iterable[str]) -> list[str]:
-    return sorted(peers, key=lambda peer: distance(key, peer_id_bytes_untrusted(peer)))
+    here = int.from_bytes(hashlib.sha256(key).digest(), "big")
+    return sorted(peers, key=lambda peer: here ^ _position(peer))
+
+
+@functools.cache
+def _position(peer: str) -> int:
+    """Where a peer stands: what `distance` computes, once."""
+    return int.from_bytes(hashlib.sha256(peer_id_bytes_untrusted(peer)).digest(), "big")
 
 
 def some_cid(number: int) -> CID:
@@ -307,3 +320,68 @@ async def test_the_newest_value_is_found_wherever_old_ones_linger(
     assert await world.service(3).put_value(key, b"1") < WIDTH
     assert (await world.service(4).get_values(key))[0] == b"2"
     assert await world.service(4).get_values(b"/test/other") == []
+
+
+@pytest.mark.trio
+async def test_peers_known_to_be_dead_take_no_place_in_what_is_found(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    world = World(9, 60)
+    cid = some_cid(9)
+    providers = [await _provided(world, index, cid) for index in range(30)]
+    seeker = world.service(59)
+    found = [provider.peer for provider in await seeker.find_providers(cid)]
+    assert len(found) == len(set(found)) == 20
+    rest = [provider.peer for provider in await seeker.find_providers(cid, skip=found)]
+    assert sorted(rest) == sorted(set(providers) - set(found))
+    assert await seeker.find_providers(cid, skip=providers) == []
+
+
+async def _provided(world: World, index: int, cid: CID) -> str:
+    service = world.service(index)
+    await service.provide(cid)
+    return service.node.peer_id
+
+
+async def keep_and_lose(count: int, peers: int) -> tuple[float, int]:
+    """Hold `count` keys for three days while peers come and go; the seconds of the first round, the
+    announcements in all."""
+    world = World(10, peers)
+    node = next(iter(world.nodes.values()))
+    log: list[tuple[float, int]] = []
+    service = DHTService(node, on_provided=lambda cid, copies: log.append((trio.current_time(), copies)))
+    cids = [some_cid(number) for number in range(count)]
+    started = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        service.hold(cids)
+        for hour in range(72):
+            await trio.sleep(3600)
+            other = world.rng.choice(list(world.nodes.values())[1:])
+            other.dead = not other.dead
+            if hour % 6 == 5:
+                world.refresh_tables()
+        nursery.cancel_scope.cancel()
+    # Longer than any record of the first round lives: these are renewed ones.
+    seeker = DHTService(next(other for other in list(world.nodes.values())[1:] if not other.dead))
+    for cid in world.rng.sample(cids, min(count, 100)):
+        assert [provider.peer for provider in await seeker.find_providers(cid)] == [node.peer_id]
+        assert sum(bool(other.own_records(provider_key(cid))) for other in world.nodes.values()) > WIDTH // 2
+    assert all(copies for _, copies in log)
+    return log[count - 1][0] - started, len(log)
+
+
+@pytest.mark.trio
+async def test_what_is_held_stays_findable_for_days(autojump_clock: trio.testing.MockClock) -> None:
+    first, announcements = await keep_and_lose(100, 40)
+    assert first < 60
+    assert announcements <= 100 * 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.trio
+async def test_ten_thousand_keys_stay_findable_for_days(autojump_clock: trio.testing.MockClock) -> None:
+    first, announcements = await keep_and_lose(10_000, 40)
+    assert first < 2400
+    assert announcements <= 10_000 * 5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from omnistore.errors import (
 )
 from omnistore.keys import PrivateKey
 from omnistore.manifest import Manifest, PartKey
-from omnistore.net.interface import Provider
+from omnistore.net.interface import Provider, Stream
 from omnistore.selection import parse_parts
 from omnistore.store.memory import MemoryStore
 from omnistore.testing.faulty import ANNOYANCES, BROKEN, ENDED, FAULTS, Annoyance, Fault, FaultyPeer, annoy
@@ -117,6 +119,36 @@ def test_found_through_routing_and_again_for_nothing(model: Model) -> None:
         assert list(first.peers) == ["a"]
         assert (again.bytes_fetched, again.node_bytes, again.peers) == (0, 0, {})
         assert again.blocks_local == first.blocks_fetched
+
+    virtually(test)
+
+
+def test_dead_providers_hide_no_live_one_and_are_not_dialled_on_and_on(model: Model) -> None:
+    _, seed, cid = model
+
+    async def test(network: VirtualNetwork) -> None:
+        node = network.node("alive")
+        await serving(node, seed)
+        network.records[cid] = [f"dead{number}" for number in range(45)]
+        await VirtualRouting(node).provide(cid)
+        node.link = replace(node.link, bandwidth=30_000)
+        me, dials = network.node("me"), Counter[str]()
+        open_stream = me.open_stream
+
+        async def counting(provider: Provider, protocol: str) -> Stream:
+            dials[provider.peer] += 1
+            return await open_stream(provider, protocol)
+
+        me.open_stream = counting  # type: ignore[method-assign]  # an observer
+        started = trio.current_time()
+        report = await fetch_model(me, VirtualRouting(me), MemoryStore(), cid)
+        seconds = trio.current_time() - started
+        assert list(report.peers) == ["alive"]
+        assert dials.pop("alive") == 1
+        assert len(dials) == 45
+        # Not every few seconds for as long as the fetch lasts.
+        assert seconds > 60
+        assert max(dials.values()) <= 10 + seconds / 60
 
     virtually(test)
 
