@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -28,6 +28,7 @@ from omnistore.errors import (
     LocalProtocolError,
     MalformedManifest,
     NetworkError,
+    NoProviders,
     OmniError,
     PeerUnreachable,
     StoreError,
@@ -50,6 +51,9 @@ from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
 from omnistore.transfer.session import LIMITS, Session, SessionLimits
 from omnistore.transfer.swarm import Swarm, Tally
+
+if TYPE_CHECKING:
+    from omnistore.transfer.web import WebSources
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -82,6 +86,10 @@ class FetchOptions:
     output: Path | None = None
     """As `Assembly.finish` takes it."""
     limits: SessionLimits = LIMITS
+    mirrors: Sequence[str] = ()
+    """URLs of web servers that have the model's files; they can not tell what the model is."""
+    gateways: Sequence[str] = ()
+    """URLs of IPFS trustless gateways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +159,19 @@ async def fetch_model(
     """
     options = options or FetchOptions()
     session = Session(random.random, options.limits)
-    swarm = Swarm(network, session, finite=routing is None)
-    for addr in options.peers:
-        swarm.add(provider_at(addr))
-    fetch = _Fetch(swarm, store, cid, options, progress, names=[cid])
+    web = _web_sources(network, options)
+    # Mirrors are asked only when the model is known: until then there is more to come.
+    swarm = Swarm(web or network, session, finite=routing is None and not options.mirrors)
+    for provider in [provider_at(addr) for addr in options.peers] + (web.gateways if web else []):
+        swarm.add(provider)
+    fetch = _Fetch(swarm, store, cid, options, progress, web, discovers=routing is not None, names=[cid])
     failure: OmniError | None = None
     report: FetchReport | None = None
     # A nursery would wrap what its body raises into a group: callers get the plain error instead.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(swarm.run)
+        if web is not None:
+            nursery.start_soon(web.run)
         if routing is not None:
             nursery.start_soon(_discover, swarm, routing, fetch.names)
         try:
@@ -170,6 +182,15 @@ async def fetch_model(
     if report is None:
         raise failure or LocalProtocolError("a fetch ended without a result")
     return report
+
+
+def _web_sources(network: Network, options: FetchOptions) -> WebSources | None:
+    if not (options.mirrors or options.gateways):
+        return None
+    # An HTTP client takes a tenth of a second to import: only for those who need it.
+    from omnistore.transfer.web import WebSources
+
+    return WebSources(network, options.mirrors, options.gateways)
 
 
 def provider_at(addr: str) -> Provider:
@@ -206,6 +227,9 @@ class _Fetch:
     cid: CID
     options: FetchOptions
     progress: Callable[[FetchProgress], None]
+    web: WebSources | None
+    discovers: bool
+    """Whether more peers may be found."""
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(2))
     names: list[CID] = field(default_factory=list)
     """CIDs that the model's providers announce: the one asked for, then the manifest's."""
@@ -218,9 +242,11 @@ class _Fetch:
             self.names.append(manifest_cid)
         chosen = set(self.options.select(manifest))
         refs = [ref for ref in manifest.parts if ref.key in chosen or ref.key.kind == "header"]
-        parts = await self._parts(refs)
+        parts = await self._parts(manifest, refs)
         headers, blocks = await self._headers(manifest, parts)
         placements = resolve_untrusted(manifest, parts, headers)
+        if self.web is not None:
+            self.web.resolve(placements)
         model = Model(self.cid, manifest_cid, manifest, publisher, parts)
         assembly = await self._thread(partial(self.store.assemble, model, placements, list(parts)))
         try:
@@ -259,9 +285,14 @@ class _Fetch:
         block = (await self._nodes([opened.manifest]))[opened.manifest]
         return manifest_untrusted(block), opened.manifest, opened.publisher
 
-    async def _parts(self, refs: Sequence[PartRef]) -> dict[PartKey, Part]:
+    async def _parts(self, manifest: Manifest, refs: Sequence[PartRef]) -> dict[PartKey, Part]:
         nodes = await self._nodes([ref.cid for ref in refs])
         parts = {ref.key: part_untrusted(nodes[ref.cid], ref) for ref in refs}
+        if self.web is not None:
+            self.web.learn(manifest, {ref.cid: parts[ref.key] for ref in refs})
+            for provider in self.web.mirrors:
+                self.swarm.add(provider)
+            self.swarm.finite = not self.discovers
         # Ask every peer what it holds of everything now: the answers come in while headers are fetched.
         await self.swarm.fetch([_want(ref.cid, parts[ref.key], frozenset()) for ref in refs], _nowhere)
         return parts
@@ -270,6 +301,11 @@ class _Fetch:
         """Nodes from the store, or from peers into the store."""
         found = await self._thread(partial(_read_held, self.store, cids))
         lacking = [Wanted(cid, NODE_ESTIMATE, exact=False) for cid in dict.fromkeys(cids) if cid not in found]
+        if lacking and not (self.discovers or self.options.peers or self.options.gateways):
+            raise NoProviders(
+                f"nobody to ask what {self.cid} is: a web server has the model's files, not its manifest",
+                remedy="Add a --peer, --bootstrap or --gateway; it is needed for the first megabyte only.",
+            )
         if lacking:
 
             def keep(blocks: Sequence[Block]) -> None:
