@@ -126,6 +126,15 @@ class Coordinator:
                 remedy="Leave one of the two out.",
             )
 
+    def called(self, peer: str) -> str:
+        """How a person knows a peer."""
+        return "this machine" if peer == self._site.network.peer_id else peer
+
+    def whereabouts(self) -> str:
+        """Who holds which layers, for a person."""
+        stages = self.plan.stages if self.plan else ()
+        return "layers " + ", ".join(f"{stage.layers} on {self.called(stage.peer)}" for stage in stages)
+
     @property
     def context(self) -> int:
         return self._options.context
@@ -183,7 +192,7 @@ class Coordinator:
                     if not lending.taken:
                         await lending.link.aclose()
             if stages is not None:
-                self._told.note("layers: " + ", ".join(f"{s.layers} on {s.peer}" for s in self.plan.stages))
+                self._told.note(self.whereabouts())
                 return Pipeline(stages, width=self.about.spec.width, context=self._options.context)
 
     async def _lendings(self) -> list[Lending]:

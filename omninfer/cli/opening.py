@@ -76,6 +76,9 @@ class OpenModel:
     tokenizer: Tokenizer
     site: Site
     _told: dict[tuple[str, str], float] = field(default_factory=dict)
+    """When each machine's phase was last spoken of, or began."""
+    _spoken: set[tuple[str, str]] = field(default_factory=set)
+    """Phases that a person was told of: these are told to the end."""
 
     @asynccontextmanager
     async def coordinator(self, prompt_tokens: int) -> AsyncIterator[Coordinator]:
@@ -107,14 +110,19 @@ class OpenModel:
     def _progress(self, peer: str, progress: Progress) -> None:
         """Called from any thread, often."""
         key, now = (peer, progress.phase), time.monotonic()
-        if progress.total == 0 or now - self._told.setdefault(key, now) < _TELL_EVERY:
+        if progress.total == 0:
+            return
+        ended = progress.done >= progress.total and key in self._spoken
+        if now - self._told.setdefault(key, now) < _TELL_EVERY and not ended:
             return
         self._told[key] = now
+        (self._spoken.discard if ended else self._spoken.add)(key)
         self.output.event(
             "progress", peer=peer, phase=progress.phase, done=progress.done, total=progress.total
         )
         percent = 100 * progress.done // progress.total
-        self.output.note(f"{peer}: {progress.phase} {percent} % of {size(progress.total)}")
+        name = "this machine" if peer == self.site.network.peer_id else peer
+        self.output.note(f"{name}: {progress.phase} {percent} % of {size(progress.total)}")
 
 
 class _Alone(Offline):
@@ -192,8 +200,7 @@ def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
 
 def summary(coordinator: Coordinator, generation: Generation) -> str:
     """The same in a line for a person."""
-    stages = coordinator.plan.stages if coordinator.plan else ()
-    where = ", ".join(f"layers {stage.layers} on {stage.peer}" for stage in stages)
+    where = coordinator.whereabouts() if coordinator.plan else "not begun"
     return (
         f"{len(generation.prompt)} prompt tokens in {generation.prompt_seconds:.2f} s;"
         f" {len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} tokens/s ({where})"

@@ -114,6 +114,7 @@ def exit_codes() -> list[tuple[int, str]]:
         meanings.setdefault(kind.exit_code, []).append(kind.__name__)
     table = {code: ", ".join(names) for code, names in meanings.items()}
     table |= {0: "success", _BUG: "a bug in omni", _INTERRUPTED: "interrupted"}
+    table |= {_BROKEN_PIPE: "the reader of the output went away"}
     return sorted(table.items())
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import click
 import trio
@@ -15,25 +12,10 @@ from omnistore.cid import CID
 from omnistore.cli.home import config, home_store
 from omnistore.cli.output import Output, Progress, size, with_output
 from omnistore.config import Config
-from omnistore.errors import BlockMissing, InputError
-from omnistore.manifest import Manifest, PartKey
+from omnistore.errors import InputError
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
-from omnistore.selection import parse_parts
-from omnistore.store.interface import Store
-from omnistore.transfer.client import (
-    FetchOptions,
-    FetchProgress,
-    FetchReport,
-    Offline,
-    every_part,
-    fetch_model,
-)
-from omnistore.transfer.session import SessionLimits
-from omnistore.transfer.window import FlowLimits
-
-_EVENT_EVERY: Final = 0.2
-"""Seconds between two progress events of `--json`."""
+from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_pin
 
 
 @click.command()
@@ -53,90 +35,74 @@ def pin(
 ) -> None:
     """Fetch the model CID, verify every block, keep it. Interrupted, it resumes where it was."""
     wanted = CID.parse_untrusted(cid)
-    select = every_part if layers is None else partial(parse_parts, layers)
     for addr in peers:
         parse_dialable_untrusted(addr)
     settings = config(bootstrap=bootstrap)
-    limits = SessionLimits(flow=FlowLimits(ceiling=settings.window))
-    options = FetchOptions(select, peers, to.absolute() if to else None, limits)
+    request = PinRequest(wanted, layers, peers, bootstrap, to.absolute() if to else None)
+    watched = Watched(output)
     with home_store() as store:
-        report = trio.run(_from_here, store, wanted, options) if _is_here(store, wanted, select) else None
-    if report is None and not (peers or settings.bootstrap):
+        here = is_here(store, request)
+        if here:
+            trio.run(run_pin, offline(store), request, watched)
+    if not here:
+        _check_sources(settings, request)
+        with output.progress("looking for the model", 0) as bar:
+            watched.bar = bar
+            trio.run(_from_peers, settings, request, watched)
+    watched.conclude()
+
+
+def _check_sources(settings: Config, request: PinRequest) -> None:
+    if not (request.peers or settings.bootstrap):
         raise InputError(
-            f"{cid} is not here, and there is nobody to ask for it",
+            f"{request.cid} is not here, and there is nobody to ask for it",
             remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
         )
-    if report is None:
-        with output.progress("looking for the model", 0) as bar:
-            report = trio.run(_from_peers, settings, wanted, options, partial(_show, output, bar, _Shown()))
-    _tell(output, report)
 
 
-def _is_here(store: Store, cid: CID, select: Callable[[Manifest], Collection[PartKey]]) -> bool:
-    try:
-        status = store.status(cid)
-    except BlockMissing:
-        return False
-    return set(select(status.model.manifest)) <= status.complete
-
-
-async def _from_here(store: Store, cid: CID, options: FetchOptions) -> FetchReport:
-    return await fetch_model(Offline(), None, store, cid, options)
-
-
-async def _from_peers(
-    settings: Config, cid: CID, options: FetchOptions, progress: Callable[[FetchProgress], None]
-) -> FetchReport:
+async def _from_peers(settings: Config, request: PinRequest, watched: Watched) -> None:
     # While it fetches, the node serves what it already holds.
-    joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(options.peers))
+    joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(request.peers))
     async with open_node(settings, joining) as node:
         routing = node.routing if settings.bootstrap else None
-        return await fetch_model(node.network, routing, node.store, cid, options, progress)
+        await run_pin(Site(node.network, routing, node.store, settings.window), request, watched)
 
 
-class _Shown:
-    """What progress was last shown."""
+@dataclass(slots=True)
+class Watched:
+    """Shows the events of a pin, wherever it runs."""
 
-    done = 0
-    at = 0.0
+    output: Output
+    bar: Progress | None = None
+    done: Document = field(default_factory=dict)
+    _shown: int = 0
 
+    def __call__(self, event: Document) -> None:
+        """One event."""
+        if event["event"] == "done":
+            self.done = event
+            return
+        if self.bar is not None:
+            self.bar.resize(event["total"])
+            self.bar.describe(f"{event['model']} from {_peers(event['peers'])}")
+            self.bar.advance(event["done"] - self._shown)
+            self._shown = event["done"]
+        self.output.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
-def _show(output: Output, bar: Progress, shown: _Shown, now: FetchProgress) -> None:
-    bar.resize(now.total)
-    bar.describe(f"{now.model} from {_peers(now.peers)}")
-    bar.advance(now.done - shown.done)
-    shown.done = now.done
-    if time.monotonic() - shown.at >= _EVENT_EVERY:
-        shown.at = time.monotonic()
-        output.event(
-            "progress", done=now.done, total=now.total, peers=now.peers, bytes_fetched=now.bytes_fetched
+    def conclude(self) -> None:
+        """What came of it."""
+        done = self.done
+        for peer, reason in done["dropped"].items():
+            self.output.note(f"dropped {peer}: {reason}")
+        rate = done["bytes_fetched"] / done["seconds"] if done["seconds"] else 0.0
+        self.output.note(
+            f"{done['model']}: {size(done['bytes_fetched'])} from {_peers(len(done['peers']))} in"
+            f" {done['seconds']:.1f} s ({size(rate)}/s), {done['blocks_local']} blocks were here"
         )
+        self.output.event("done", **{key: value for key, value in done.items() if key != "event"})
+        for path in done["paths"]:
+            self.output.line(path)
 
 
 def _peers(count: int) -> str:
     return "1 peer" if count == 1 else f"{count} peers"
-
-
-def _tell(output: Output, report: FetchReport) -> None:
-    for peer, reason in report.dropped.items():
-        output.note(f"dropped {peer}: {reason}")
-    rate = report.bytes_fetched / report.seconds if report.seconds else 0.0
-    output.note(
-        f"{report.model.manifest.name}: {size(report.bytes_fetched)} from {_peers(len(report.peers))} in"
-        f" {report.seconds:.1f} s ({size(rate)}/s), {report.blocks_local} blocks were here"
-    )
-    output.event(
-        "done",
-        path=report.paths[0] if report.paths else None,
-        paths=list(report.paths),
-        bytes_fetched=report.bytes_fetched,
-        blocks_fetched=report.blocks_fetched,
-        blocks_local=report.blocks_local,
-        node_bytes=report.node_bytes,
-        duplicate_bytes=report.duplicate_bytes,
-        peers=dict(report.peers),
-        dropped=dict(report.dropped),
-        seconds=round(report.seconds, 3),
-    )
-    for path in report.paths:
-        output.line(str(path))
