@@ -82,11 +82,13 @@ class Watched:
         if event["event"] == "done":
             self.done = event
             return
-        if self.bar is not None:
-            self.bar.resize(event["total"])
-            self.bar.describe(f"{event['model']} from {_peers(event['peers'])}")
-            self.bar.advance(event["done"] - self._shown)
-            self._shown = event["done"]
+        if self.bar is None:
+            # All of it is here: nothing to watch.
+            return
+        self.bar.resize(event["total"])
+        self.bar.describe(f"{event['model']} from {_peers(event['peers'])}")
+        self.bar.advance(event["done"] - self._shown)
+        self._shown = event["done"]
         self.output.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     def conclude(self) -> None:

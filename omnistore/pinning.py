@@ -1,0 +1,181 @@
+"""One pin as a value and as a stream of events, wherever it runs.
+
+`omni pin` and a running seed fetch through the same `run_pin`, so both do, and say, the same; the
+events are plain documents, ready for JSON Lines. Renders nothing, and finds no node to run on: that
+is the command line's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import trio
+
+from omnistore.cid import CID
+from omnistore.errors import BlockMissing, InputError
+from omnistore.net.addresses import parse_dialable_untrusted
+from omnistore.net.interface import ContentRouting, Network
+from omnistore.selection import parse_parts
+from omnistore.store.interface import Store
+from omnistore.transfer.client import (
+    FetchOptions,
+    FetchProgress,
+    FetchReport,
+    Offline,
+    every_part,
+    fetch_model,
+)
+from omnistore.transfer.session import SessionLimits
+from omnistore.transfer.window import FlowLimits
+
+Document: TypeAlias = dict[str, Any]
+"""What JSON can say."""
+
+EVENT_EVERY: Final = 0.2
+"""Seconds between two progress events."""
+_MAX_PEERS: Final = 64
+"""Peers that a request may name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinRequest:
+    """What somebody asked to have fetched and kept."""
+
+    cid: CID
+    layers: str | None = None
+    """As `omnistore.selection` reads it; None for the whole model."""
+    peers: tuple[str, ...] = ()
+    """Multiaddrs ending in `/p2p/…` to ask."""
+    bootstrap: tuple[str, ...] = ()
+    """Nodes to join the network through, beyond those of the configuration."""
+    output: Path | None = None
+    """Where the file is wanted too; absolute."""
+
+    def options(self, window: int) -> FetchOptions:
+        """The same for `fetch_model`; `window` in bytes."""
+        select = every_part if self.layers is None else partial(parse_parts, self.layers)
+        return FetchOptions(select, self.peers, self.output, SessionLimits(flow=FlowLimits(ceiling=window)))
+
+    def document(self) -> Document:
+        """The same for another process."""
+        return {
+            "cid": str(self.cid),
+            "layers": self.layers,
+            "peers": list(self.peers),
+            "bootstrap": list(self.bootstrap),
+            "output": None if self.output is None else str(self.output),
+        }
+
+
+def request_untrusted(document: object) -> PinRequest:
+    """The request in a document. Raises `InputError` (also as `MalformedCID` and `BadConfig`)."""
+    if not isinstance(document, dict):
+        raise InputError("a request to pin is an object with a cid")
+    fields: Mapping[str, object] = document
+    unknown = fields.keys() - {"cid", "layers", "peers", "bootstrap", "output"}
+    if unknown:
+        raise InputError(f"a request to pin has no {sorted(map(str, unknown))[0][:80]!r}")
+    output = _text(fields, "output")
+    if output is not None and not Path(output).is_absolute():
+        raise InputError(f"output: {output[:80]!r} is not an absolute path")
+    return PinRequest(
+        CID.parse_untrusted(_text(fields, "cid") or ""),
+        _text(fields, "layers"),
+        _addresses(fields, "peers"),
+        _addresses(fields, "bootstrap"),
+        None if output is None else Path(output),
+    )
+
+
+def _text(fields: Mapping[str, object], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name}: {str(value)[:80]} is not a text")
+    return value
+
+
+def _addresses(fields: Mapping[str, object], name: str) -> tuple[str, ...]:
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{name}: {str(value)[:80]} is not a list of texts")
+    if len(value) > _MAX_PEERS:
+        raise InputError(f"{name}: more than {_MAX_PEERS} addresses")
+    for addr in value:
+        parse_dialable_untrusted(addr)
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a pin runs."""
+
+    network: Network
+    routing: ContentRouting | None
+    store: Store
+    window: int
+    """`Config.window`."""
+
+
+def is_here(store: Store, request: PinRequest) -> bool:
+    """Whether all that is asked for is held already, so that no network is needed."""
+    try:
+        status = store.status(request.cid)
+    except BlockMissing:
+        return False
+    return set(request.options(1 << 20).select(status.model.manifest)) <= status.complete
+
+
+def offline(store: Store) -> Site:
+    """The place for what `is_here`."""
+    return Site(Offline(), None, store, 1 << 20)
+
+
+async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], None]) -> None:
+    """Fetch and keep; `tell` gets `progress` events now and then and `done` at the end.
+
+    Raises what `fetch_model` raises.
+    """
+    told_at = -EVENT_EVERY
+
+    def progressed(now: FetchProgress) -> None:
+        nonlocal told_at
+        if trio.current_time() - told_at >= EVENT_EVERY:
+            told_at = trio.current_time()
+            tell(_progress(now))
+
+    options = request.options(site.window)
+    report = await fetch_model(site.network, site.routing, site.store, request.cid, options, progressed)
+    tell(_done(report))
+
+
+def _progress(now: FetchProgress) -> Document:
+    return {
+        "event": "progress",
+        "model": now.model,
+        "done": now.done,
+        "total": now.total,
+        "peers": now.peers,
+        "bytes_fetched": now.bytes_fetched,
+    }
+
+
+def _done(report: FetchReport) -> Document:
+    paths = [str(path) for path in report.paths]
+    return {
+        "event": "done",
+        "model": report.model.manifest.name,
+        "path": paths[0] if paths else None,
+        "paths": paths,
+        "bytes_fetched": report.bytes_fetched,
+        "blocks_fetched": report.blocks_fetched,
+        "blocks_local": report.blocks_local,
+        "node_bytes": report.node_bytes,
+        "duplicate_bytes": report.duplicate_bytes,
+        "peers": dict(report.peers),
+        "dropped": dict(report.dropped),
+        "seconds": round(report.seconds, 3),
+    }
