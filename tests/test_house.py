@@ -59,6 +59,7 @@ RANKS: dict[str, int] = {
     "omnistore.transfer.server": 2,
     "omnistore.transfer.swarm": 2,
     "omnistore.transfer.web": 2,
+    "omnistore.joining": 3,
     "omnistore.node": 3,
     "omnistore.pinning": 3,
     "omnistore.http": 4,

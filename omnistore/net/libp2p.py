@@ -21,7 +21,6 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.network.config import ConnectionConfig
-from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -93,34 +92,17 @@ class Libp2pStream:
     async def receive_some(self, max_bytes: int) -> bytes:
         """At least one byte, or `b""` at a clean end. Raises `PeerUnreachable` on a reset."""
         with _translated(f"the stream to {self.peer} broke while receiving"):
-            try:
-                data: bytes = await self.raw.read(min(max_bytes, RECEIVE_SIZE))
-            except StreamEOF:
-                if self._ended_cleanly():
-                    return b""
-                raise
+            # The muxed stream directly: the layer above it would take a reset for an end.
+            data: bytes = await self.raw.muxed_stream.receive_some(min(max_bytes, RECEIVE_SIZE))
         return data
 
     async def receive_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises `PeerUnreachable` when the stream ends first."""
-        parts: list[bytes] = []
-        missing = count
-        while missing:
-            part = await self.receive_some(missing)
-            if not part:
-                raise PeerUnreachable(f"{self.peer} ended the stream {missing} bytes early")
-            parts.append(part)
-            missing -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _ended_cleanly(self) -> bool:
-        """Whether an end of file is the peer's FIN: upstream reports resets and lost connections so too."""
-        muxed = self.raw.muxed_stream
-        return (
-            bool(muxed.recv_closed)
-            and not muxed.reset_received
-            and not muxed.conn.event_shutting_down.is_set()
-        )
+        with _translated(f"the stream to {self.peer} broke while receiving"):
+            data: bytes = await self.raw.muxed_stream.receive_exactly(count)
+        if len(data) < count:
+            raise PeerUnreachable(f"{self.peer} ended the stream {count - len(data)} bytes early")
+        return data
 
     async def aclose(self) -> None:
         """Close cleanly; never raises, safe to call twice."""
@@ -165,6 +147,10 @@ class Libp2pNetwork:
         address, peer = parse_dialable_untrusted(addr)
         await self._connect(Provider(peer, (address.transport,)))
         return peer
+
+    async def reach(self, provider: Provider) -> None:
+        """Connect to a peer at any of its addresses. Raises `PeerUnreachable`."""
+        await self._connect(provider)
 
     async def disconnect(self, peer: str) -> None:
         """Close every connection to a peer; never raises."""

@@ -1,96 +1,169 @@
-"""Noise records in bulk, over the keys of py-libp2p's own handshake (bytes on the wire unchanged).
+"""Noise transport records, many at a time (pure: bytes in, bytes out; the handshake is the library's).
 
-py-libp2p 0.8.1 asks the socket for the two bytes of each record's length, then for the record, and
-copies it five times on its way up; and it sends records one by one. Here the socket is read by
-the quarter megabyte, every whole record in it is decrypted at once, frames are cut from the
-plaintext without waiting, and several records leave in one write. Deliberately no muxer: that
-stays upstream's, with the changes in `yamux`.
+A record is two bytes of length, then ChaCha20-Poly1305 of at most 65,519 bytes, under a counter that
+both sides keep. `Opener` is read into by a socket and decrypts every whole record it holds; `Sealer`
+packs frames into as few records as they fit and seals a batch of them into one buffer. Deliberately
+no socket and no muxer: those are `yamux`'s and `muxing`'s.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Final
 
-from libp2p.io.exceptions import ConnectionClosedError
+from cryptography.exceptions import InvalidTag
 
-READ_SIZE: Final = 256 << 10
-"""Bytes asked from the socket at once: four full records."""
-MAX_PLAINTEXT: Final = 65535 - 16
-"""Bytes one record carries besides its tag."""
-_TAG: Final = 16
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+
+TAG: Final = 16
+MAX_RECORD: Final = 65535
+"""Bytes of a record after its length: what two bytes can say."""
+MAX_PLAINTEXT: Final = MAX_RECORD - TAG
+"""Bytes that one record carries."""
+LENGTH: Final = 2
+MAX_NONCE: Final = 2**64 - 1
+"""Noise keeps the last counter for itself; a connection that gets there must end."""
+SMALL_BUFFER: Final = 4 << 10
+"""Bytes of an idle connection's buffer: a node has hundreds of those."""
+LARGE_BUFFER: Final = 512 << 10
+"""Bytes of a busy one's: some eight records for each call into the kernel."""
 
 
-class Records:
-    """Takes over a connection whose Noise handshake is done; for one reader and one writer at a time."""
+class Opener:
+    """The receiving half: a buffer that a socket fills, and the records in it."""
 
-    def __init__(self, session: Any) -> None:
-        transport = session.conn
-        self._raw = transport.read_writer.read_write_closer
-        state = transport.noise_state.noise_protocol
-        self._encrypt = state.cipher_state_encrypt.encrypt_with_ad
-        self._decrypt = state.cipher_state_decrypt.decrypt_with_ad
-        self._cipher = b""
-        """Received, not yet a whole record."""
-        self._plain: deque[memoryview] = deque()
-        self._available = 0
-        rest = session._drain(None)  # what came in the record that ended the negotiation
-        if rest:
-            self._add(rest)
+    def __init__(self, key: Any, nonce: int = 0) -> None:
+        """`key`: an AEAD with `decrypt(nonce, data, None)`; `nonce`: of the first record to come."""
+        self._key = key
+        self._nonce = nonce
+        self._buffer = bytearray(SMALL_BUFFER)
+        self._end = 0
+        """Bytes of the buffer that are filled; what is not a whole record yet."""
 
-    def take(self, count: int) -> bytes | memoryview | None:
-        """`count` bytes if they have been decrypted already, as a view where they lie in one record."""
-        if count > self._available:
-            return None
-        self._available -= count
-        first = self._plain[0] if count else memoryview(b"")
-        if count < len(first):
-            self._plain[0] = first[count:]
-            return first[:count]
-        parts = []
-        while count:
-            first = self._plain.popleft()
-            if count < len(first):
-                self._plain.appendleft(first[count:])
-                first = first[:count]
-            parts.append(first)
-            count -= len(first)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory it takes."""
+        return len(self._buffer)
 
-    async def read(self, count: int) -> bytes | memoryview:
-        """Exactly `count` bytes. Raises `ConnectionClosedError` when the connection ends first."""
-        while (data := self.take(count)) is None:
-            chunk = await self._raw.read(READ_SIZE)
-            if not chunk:
-                raise ConnectionClosedError("connection closed", transport="noise")
-            self._receive(chunk)
-        return data
+    def room(self) -> memoryview:
+        """Where the socket may write next; never empty."""
+        return memoryview(self._buffer)[self._end :]
 
-    async def write(self, frames: Iterable[bytes]) -> None:
-        """Send frames, each in records of its own, with one write."""
-        out: list[bytes] = []
-        for frame in frames:
-            for start in range(0, len(frame), MAX_PLAINTEXT):
-                whole = start == 0 and len(frame) <= MAX_PLAINTEXT
-                sealed = self._encrypt(None, frame if whole else frame[start : start + MAX_PLAINTEXT])
-                out += (len(sealed).to_bytes(2, "big"), sealed)
-        await self._raw.write(b"".join(out))
-
-    def _receive(self, chunk: bytes) -> None:
-        """Decrypt every whole record received so far. Raises what the cipher raises on forgery."""
-        data = self._cipher + chunk if self._cipher else chunk
-        view = memoryview(data)
-        position = 0
-        while len(data) - position >= 2:
-            end = position + 2 + int.from_bytes(data[position : position + 2], "big")
-            if end > len(data):
+    def receive_untrusted(self, count: int) -> list[bytes]:
+        """The plaintexts that the `count` bytes just written complete. Raises `RemoteProtocolError`."""
+        end, position, found = self._end + count, 0, []
+        full = end == len(self._buffer)
+        size = 0
+        view = memoryview(self._buffer)
+        while end - position >= LENGTH:
+            size = LENGTH + int.from_bytes(view[position : position + LENGTH], "big")
+            if size < LENGTH + TAG:
+                raise RemoteProtocolError(f"a record of {size - LENGTH} bytes, shorter than its tag")
+            if position + size > end:
                 break
-            self._add(self._decrypt(None, view[position + 2 : end]))
-            position = end
-        self._cipher = data[position:]
+            found.append(self._open(view[position + LENGTH : position + size]))
+            position += size
+        view.release()
+        self._end = end - position
+        if position:
+            self._buffer[: self._end] = self._buffer[position:end]
+        if full:
+            self._grow()
+        return found
 
-    def _add(self, plaintext: bytes) -> None:
-        if plaintext:
-            self._plain.append(memoryview(plaintext))
-            self._available += len(plaintext)
+    def end_untrusted(self) -> None:
+        """The connection ended here. Raises `RemoteProtocolError` if that cut a record."""
+        if self._end:
+            raise RemoteProtocolError("the connection ended in the middle of a record")
+
+    def relax(self) -> None:
+        """Give memory back, if nothing is waiting in it."""
+        if not self._end and len(self._buffer) > SMALL_BUFFER:
+            self._buffer = bytearray(SMALL_BUFFER)
+
+    def _open(self, record: memoryview) -> bytes:
+        if self._nonce >= MAX_NONCE:
+            raise RemoteProtocolError("sent more records than its key is good for")
+        try:
+            plaintext: bytes = self._key.decrypt(_nonce(self._nonce), record, None)
+        except InvalidTag:
+            raise RemoteProtocolError(
+                f"record {self._nonce} is not authentic: forged, replayed or out of order"
+            ) from None
+        self._nonce += 1
+        return plaintext
+
+    def _grow(self) -> None:
+        """More room: the last read filled it. The largest record fits the largest buffer many times."""
+        size = min(LARGE_BUFFER, 4 * len(self._buffer))
+        if size > len(self._buffer):
+            larger = bytearray(size)
+            larger[: self._end] = self._buffer[: self._end]
+            self._buffer = larger
+
+
+class Sealer:
+    """The sending half: frames in, one buffer of records out."""
+
+    def __init__(self, key: Any, nonce: int = 0) -> None:
+        """`key`: an AEAD with `encrypt_into(nonce, data, None, out)`."""
+        self._key = key
+        self._nonce = nonce
+        self._plain = bytearray()
+        self._out = bytearray()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory it takes."""
+        return len(self._plain) + len(self._out)
+
+    def seal(self, frames: Sequence[tuple[bytes, memoryview]]) -> memoryview:
+        """Records carrying every (header, payload) in order; valid until the next call.
+
+        Frames share a record as long as they fit it, and none that fits one is cut. Raises
+        `LocalProtocolError` when the key is used up.
+        """
+        total = sum(len(header) + len(payload) for header, payload in frames)
+        self._reserve(total, len(frames))
+        out = memoryview(self._out)
+        plain = memoryview(self._plain)
+        filled = position = 0
+        for header, payload in frames:
+            size = len(header) + len(payload)
+            if filled + size > MAX_PLAINTEXT:
+                position = self._seal(plain[:filled], out, position)
+                filled = 0
+            plain[filled : filled + len(header)] = header
+            plain[filled + len(header) : filled + size] = payload
+            filled += size
+        if filled:
+            position = self._seal(plain[:filled], out, position)
+        return out[:position]
+
+    def relax(self) -> None:
+        """Give memory back; not while what `seal` returned is in use."""
+        self._plain, self._out = bytearray(), bytearray()
+
+    def _seal(self, plain: memoryview, out: memoryview, position: int) -> int:
+        if not plain:
+            return position
+        if self._nonce >= MAX_NONCE:
+            raise LocalProtocolError("the key of this connection is used up")
+        size = len(plain) + TAG
+        out[position : position + LENGTH] = size.to_bytes(LENGTH, "big")
+        position += LENGTH
+        self._key.encrypt_into(_nonce(self._nonce), plain, None, out[position : position + size])
+        self._nonce += 1
+        return position + size
+
+    def _reserve(self, total: int, frames: int) -> None:
+        # Each frame may need a record of its own, never more.
+        needed = total + frames * (LENGTH + TAG)
+        if needed > len(self._out):
+            self._out = bytearray(max(needed, SMALL_BUFFER))
+        if len(self._plain) < min(total, MAX_PLAINTEXT):
+            self._plain = bytearray(MAX_PLAINTEXT if total > SMALL_BUFFER else SMALL_BUFFER)
+
+
+def _nonce(count: int) -> bytes:
+    return b"\0\0\0\0" + count.to_bytes(8, "little")

@@ -1,48 +1,45 @@
-"""Yamux as py-libp2p 0.8.1 has it, with seven faults mended (bytes on the wire unchanged).
+"""Connections of our own: Noise records and Yamux over py-libp2p's handshake, same bytes on the wire.
 
-- A full frame (65,524 bytes and its header) spills into a second Noise record, and each frame is
-  read and written on its own: here one frame is one record, and `records` moves them in bulk.
-- A sender at a zero window polls every 10 ms: here it is woken by the window update.
-- A consumer that stalls for 5 s gets its stream torn down: here the sender waits, since a stalled
-  disk is no fault, and only a dead connection ends the wait.
-- A write cancelled half-way leaves half a record on the wire, which breaks every stream of the
-  connection: a frame once begun is finished, or the connection is closed.
-- A peer that stopped answering is never noticed: each connection is pinged, and closed when no
-  answer comes (`Liveness`).
-- A connection lost in the middle of a frame ends that frame's stream as if the peer had.
-- A receiver opens the window again by a few kB after every read, and the sender fills it with as
-  small frames: here it opens by half a window at a time. Bulk transfers run a quarter faster.
+The trio shell around `records` and `muxing`. One task reads: the socket fills a buffer, every whole
+record in it is decrypted, and every frame taken in, without awaiting. Whoever writes sends at once if
+nobody else is sending; else one task sends what all have queued, a batch at a time. A batch once
+sealed is sent whole, whoever is cancelled. A third task pings, and closes the connection when
+nothing comes back (`Liveness`).
 
-Deliberately not here: a muxer of our own. Everything touches private names of py-libp2p, and
-only in this file; tests/system/test_upstream.py fails when upstream mends one.
+What py-libp2p 0.8.1 does instead: two reads and five copies for each record, a sender that polls a
+closed window, frames that spill into a second record, resets and lost connections that read as an
+end, half a record on the wire after a cancelled write. tests/system/test_upstream.py shows it.
+Deliberately not here: the handshake, and agreeing on a muxer; both stay the library's.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
-from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer import muxer_multistream
-from libp2p.stream_muxer.exceptions import MuxedStreamError
-from libp2p.stream_muxer.yamux import yamux as upstream
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamReset,
+)
 
-from omnistore.net.records import MAX_PLAINTEXT, Records
+from omnistore.errors import RemoteProtocolError
+from omnistore.net import frames
+from omnistore.net.muxing import Muxing, Pending, StreamState
+from omnistore.net.records import LARGE_BUFFER, SMALL_BUFFER, Opener, Sealer
 
 logger = logging.getLogger(__name__)
 
-HEADER: Final = struct.Struct("!BBHII")
-MAX_PAYLOAD: Final = MAX_PLAINTEXT - HEADER.size
-"""Bytes of one data frame: with its header, the most plaintext that one Noise record carries."""
-BATCH: Final = 4
-"""Full frames sent in one go; more would keep other streams waiting."""
-_TYPE_DATA: Final = 0
-_TYPE_PING: Final = 2
-_FLAG_SYN: Final = 1
+MAX_OWN_STREAMS: Final = 256
+"""Streams of ours that one connection carries: what the other side is ready for."""
+FAREWELL: Final = 0.2
+"""Seconds to send what is queued, and why we go, before a connection is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,168 +49,475 @@ class Liveness:
     ping_every: float = 5.0
     """Seconds between the pings of a connection."""
     patience: float = 15.0
-    """Seconds that a ping, or one frame on its way into the socket, may take."""
+    """Seconds without one byte received, after a ping, or without one that could be sent."""
 
 
-_UpstreamYamuxStream: Any = upstream.YamuxStream
+class _Wire(Protocol):
+    """The bytes below the records."""
+
+    async def receive_into(self, room: memoryview) -> int: ...
+
+    async def send(self, data: memoryview) -> int: ...
 
 
-class LiveYamuxStream(_UpstreamYamuxStream):  # type: ignore[misc]  # libp2p is untyped to us
-    """A stream whose sender sleeps until the window opens."""
+class _SocketWire:
+    """A TCP socket, without the layers above it."""
 
-    _pending_recv_release: int
-    """Bytes read since the window was last opened."""
+    def __init__(self, socket: trio.socket.SocketType) -> None:
+        self._socket = socket
 
-    def __init__(self, stream_id: int, conn: Any, is_initiator: bool) -> None:
-        self._waiting = trio.lowlevel.ParkingLot()
-        self._window = 0
-        self._ended = False
-        super().__init__(stream_id, conn, is_initiator)
+    async def receive_into(self, room: memoryview) -> int:
+        count: int = await self._socket.recv_into(room)
+        return count
 
-    @property
-    def send_window(self) -> int:
-        """Bytes the peer still accepts. Upstream's reader adds to it: that is what wakes the sender."""
-        return self._window
+    async def send(self, data: memoryview) -> int:
+        return await self._socket.send(data)
 
-    @send_window.setter
-    def send_window(self, value: int) -> None:
-        self._window = value
-        if value > 0:
-            self._waiting.unpark_all()
 
-    @property
-    def closed(self) -> bool:
-        """Whether both directions ended; set by upstream's reader on a reset."""
-        return self._ended
+class _LayeredWire:
+    """Whatever else the library may have put below: a relay's circuit, a private network's cipher."""
 
-    @closed.setter
-    def closed(self, value: bool) -> None:
-        self._ended = value
-        self._waiting.unpark_all()
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    async def receive_into(self, room: memoryview) -> int:
+        data = await self._raw.read(len(room))
+        room[: len(data)] = data
+        return len(data)
+
+    async def send(self, data: memoryview) -> int:
+        # Cancelled half-way, nobody knows what was sent.
+        with trio.CancelScope(shield=True):
+            await self._raw.write(bytes(data))
+        return len(data)
+
+
+def _wire_of(session: Any) -> _Wire:
+    raw = session.conn.read_writer.read_write_closer
+    socket_stream = getattr(getattr(raw, "stream", None), "stream", None)
+    if isinstance(socket_stream, trio.SocketStream):
+        return _SocketWire(socket_stream.socket)
+    return _LayeredWire(raw)
+
+
+class MuxedStream:
+    """One stream, as the library's layers and ours use it."""
+
+    def __init__(self, connection: Connection, state: StreamState) -> None:
+        self.muxed_conn = connection
+        self.stream_id = state.id
+        self._connection = connection
+        self._state = state
+        self._news = trio.lowlevel.ParkingLot()
+
+    async def receive_some(self, most: int) -> bytes:
+        """Up to `most` bytes, `b""` at the peer's end. Raises `MuxedStreamReset`."""
+        if not self._state.received:
+            await self._wait_for_bytes()
+        else:
+            await trio.lowlevel.checkpoint()
+        pieces = self._connection.take(self._state, most)
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+    async def receive_exactly(self, count: int) -> bytes:
+        """`count` bytes, or as many as there were before the peer's end. Raises `MuxedStreamReset`."""
+        pieces: list[memoryview] = []
+        while count:
+            if not self._state.received:
+                await self._wait_for_bytes()
+            taken = self._connection.take(self._state, count)
+            if not taken:
+                break
+            pieces += taken
+            count -= sum(len(piece) for piece in taken)
+        await trio.lowlevel.checkpoint()
+        return b"".join(pieces)
+
+    async def read(self, n: int | None = None) -> bytes:
+        """As the library reads: `MuxedStreamEOF` at the end, everything there is without `n`."""
+        if n == 0:
+            return b""
+        data = await self.receive_some(LARGE_BUFFER if n is None or n < 0 else n)
+        if not data:
+            raise MuxedStreamEOF("the peer ended the stream")
+        return data
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything, as fast as the peer's window opens."""
+        """Send everything. Raises `MuxedStreamReset` or `MuxedStreamClosed`."""
+        state = self._state
+        if state.broken:
+            raise MuxedStreamReset(state.broken)
+        if state.closing:
+            raise MuxedStreamClosed("the stream was closed here")
         view = memoryview(data).cast("B")
-        sent = 0
-        while sent < len(view):
-            while self.send_window <= 0 and not (self.closed or self.send_closed):
-                await self._waiting.park()
-            if self.closed or self.send_closed:
-                raise MuxedStreamError("stream closed while sending")
-            frames: list[bytes] = []
-            while len(frames) < BATCH and self.send_window > 0 and sent < len(view):
-                size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
-                self.send_window -= size
-                header = HEADER.pack(0, _TYPE_DATA, 0, self.stream_id, size)
-                frames.append(b"".join((header, view[sent : sent + size])))
-                sent += size
-            await self.conn.write_frames(frames)
+        if not view:
+            await trio.lowlevel.checkpoint()
+            return
+        pending = self._connection.queue(state, view)
+        try:
+            await self._connection.push()
+            while not (pending.done or state.broken):
+                await self._news.park()
+        finally:
+            self._connection.withdraw(state, pending)
+        if state.broken:
+            raise MuxedStreamReset(state.broken)
 
-    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
-        opened = 0
-        async with self.window_lock:
-            self._pending_recv_release += bytes_read
-            if self._pending_recv_release * 2 >= self.target_recv_window:
-                opened, self._pending_recv_release = self._pending_recv_release, 0
-                self.recv_window += opened
-                buffered = len(self.conn.stream_buffers.get(self.stream_id, b""))
-                opened += self._apply_autotune_epoch(buffered)
-        if opened:
-            await self.send_window_update(opened, skip_lock=True)
+    async def close(self) -> None:
+        """End our direction; the peer's goes on."""
+        self._connection.close_stream(self._state)
+        await trio.lowlevel.checkpoint()
+
+    async def reset(self) -> None:
+        """Abort both directions."""
+        self._connection.reset_stream(self._state)
+        await trio.lowlevel.checkpoint()
+
+    def wake(self) -> None:
+        """Something about the stream changed."""
+        self._news.unpark_all()
+
+    def set_deadline(self, ttl: int) -> bool:
+        """Deadlines are cancel scopes."""
+        return False
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Of the connection."""
+        return self._connection.get_remote_address()
+
+    async def _wait_for_bytes(self) -> None:
+        """Until there are some, or the peer's end. Raises `MuxedStreamReset`."""
+        state = self._state
+        while not state.received:
+            if state.ended:
+                await trio.lowlevel.checkpoint()
+                return
+            if state.broken:
+                raise MuxedStreamReset(state.broken)
+            await self._news.park()
 
 
-class LiveYamux(upstream.Yamux):  # type: ignore[misc]  # libp2p is untyped to us
-    """A connection that finishes its frames and notices when the peer is gone."""
-
-    _ping_id: int
+class Connection:
+    """A connection, as the library's swarm uses it (its `IMuxedConn`)."""
 
     def __init__(self, session: Any, peer_id: Any, liveness: Liveness) -> None:
-        super().__init__(session, peer_id, is_initiator=session.is_initiator)
-        self.liveness = liveness
-        self._records = Records(session)
-        self._turn = trio.Semaphore(1)
-        self._write_error: ConnectionClosedError | None = None
-        # Upstream's reader asks the session for exactly so many bytes.
-        session.read = self._records.read
+        """Take over `session`, whose handshake and negotiation are done."""
+        state = session.conn.noise_state.noise_protocol
+        opening, sealing = state.cipher_state_decrypt, state.cipher_state_encrypt
+        self.peer_id = peer_id
+        self.secured_conn = session
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.on_close: Any = None
+        """Set by the swarm."""
+        self._liveness = liveness
+        self._wire = _wire_of(session)
+        self._opener = Opener(opening.cipher.cipher, opening.n)
+        self._sealer = Sealer(sealing.cipher.cipher, sealing.n)
+        self._core = Muxing(session.is_initiator)
+        self._first = session._drain(None)
+        """What came in the record that ended the negotiation."""
+        self._streams: dict[int, MuxedStream] = {}
+        self._own = trio.Semaphore(MAX_OWN_STREAMS)
+        self._arrivals = trio.lowlevel.ParkingLot()
+        self._sending = False
+        self._unsent = memoryview(b"")
+        self._to_send = trio.Event()
+        self._drained = trio.lowlevel.ParkingLot()
+        self._busy_at = 0.0
+        """When much was received last."""
+        self._received_at = self._sent_at = 0.0
+        self._why: str | None = None
+        """Why the connection is over."""
+        self._scope = trio.CancelScope()
 
-    async def write_frames(self, frames: Sequence[bytes]) -> None:
-        """Send frames in one go. Cancelled, it returns at once and the frames leave all the same.
+    # --- for the library --------------------------------------------------------------------
 
-        Raises `ConnectionClosedError`, which upstream takes for an ordinary end.
-        """
-        await self._turn.acquire()
-        written = trio.Event()
+    @property
+    def is_initiator(self) -> bool:
+        """Whether we dialled."""
+        return bool(self.secured_conn.is_initiator)
+
+    @property
+    def is_established(self) -> bool:
+        """Whether streams can be opened."""
+        return self.event_started.is_set() and self._why is None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is over."""
+        return self._why is not None
+
+    def rtt(self) -> float:
+        """The shortest round trip, in seconds; 0 before the first."""
+        return self._core.round_trip or 0.0
+
+    def get_transport_addresses(self) -> Any:
+        """Of the socket."""
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> Any:
+        """Direct or relayed."""
+        return self.secured_conn.get_connection_type()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Of the socket."""
+        address: tuple[str, int] | None = self.secured_conn.get_remote_address()
+        return address
+
+    async def start(self) -> None:
+        """Run until the connection is over."""
+        self._received_at = self._sent_at = trio.current_time()
         try:
-            self._nursery.start_soon(self._write_now, frames, written)
-        except (AttributeError, RuntimeError):
-            self._turn.release()
-            raise ConnectionClosedError("the connection is closed") from None
-        await written.wait()
-        if self._write_error is not None:
-            raise self._write_error
-
-    async def _write_now(self, frames: Sequence[bytes], written: trio.Event) -> None:
-        """Finish what was begun, in a task of the connection's own: half a record would break it."""
-        finished = False
-        try:
-            with trio.move_on_after(self.liveness.patience):
-                await self._records.write(frames)
-                finished = True
-            if not finished:
-                await self._abandon("it takes no more bytes")
-        except Exception as error:  # noqa: BLE001  # upstream's sockets raise what they like; any of it ends us
-            logger.debug("writing to %s failed: %r", self.peer_id, error)
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._send_queued)
+                    nursery.start_soon(self._ping)
+                    self.event_started.set()
         finally:
-            if not finished:
-                self._write_error = ConnectionClosedError("the connection broke")
-            self._turn.release()
-            written.set()
+            self.event_started.set()
+            self._lose("the node stops")
+            with trio.CancelScope(shield=True):
+                await self._hang_up()
 
-    async def _write_frame(self, data: bytes) -> None:
-        await self.write_frames((data,))
+    async def open_stream(self) -> MuxedStream:
+        """A new stream. Raises `MuxedConnUnavailable`."""
+        await self._own.acquire()
+        if self._why is not None:
+            self._own.release()
+            raise MuxedConnUnavailable(self._why)
+        stream = self._adopt(self._core.open(trio.current_time()))
+        await self.push()
+        return stream
 
-    async def _read_data_body(self, length: int) -> bytes | memoryview:
-        data = self._records.take(length)
-        if data is not None:
-            return data
+    async def accept_stream(self) -> MuxedStream:
+        """The next stream that the peer opened. Raises `MuxedConnUnavailable`."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            while self._core.opened:
+                state = self._core.opened.popleft()
+                if not state.broken:
+                    return self._adopt(state)
+            if self._why is not None:
+                raise MuxedConnUnavailable(self._why)
+            await self._arrivals.park()
+
+    async def close(self, reason: int = frames.NORMAL) -> None:
+        """Say farewell and hang up; safe to call twice."""
+        if self._why is None:
+            with trio.CancelScope(deadline=trio.current_time() + FAREWELL, shield=True):
+                await self._take_leave(reason)
+        self._lose("the connection was closed here")
+        await self._hang_up()
+
+    # --- for our streams --------------------------------------------------------------------
+
+    def take(self, state: StreamState, most: int) -> list[memoryview]:
+        """Bytes that a stream received; its window opens with them."""
+        pieces = self._core.take(state, most, trio.current_time())
+        self._nudge()
+        return pieces
+
+    def queue(self, state: StreamState, data: memoryview) -> Pending:
+        """Have bytes sent in their turn; `push` next."""
+        return self._core.write(state, data)
+
+    def withdraw(self, state: StreamState, pending: Pending) -> None:
+        """What is left of them is not to be sent."""
+        self._core.withdraw(state, pending)
+
+    def close_stream(self, state: StreamState) -> None:
+        """No more will be written."""
+        self._core.close(state)
+        self._wake_streams()
+        self._nudge()
+
+    def reset_stream(self, state: StreamState) -> None:
+        """Abort a stream."""
+        self._core.reset(state)
+        self._wake_streams()
+        self._nudge()
+
+    async def push(self) -> None:
+        """Send one batch now, in the caller's own task, unless somebody is at it."""
+        if self._sending:
+            await trio.lowlevel.checkpoint()
+            return
+        async with self._turn_to_send():
+            await self._send_some()
+
+    # --- sending ----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _turn_to_send(self) -> AsyncIterator[None]:
+        self._sending = True
         try:
-            with trio.fail_after(self.liveness.patience):
-                return await self._records.read(length)
-        except BaseException:
-            # Upstream marks this one stream as ended, as if the peer had, before it notices the rest.
-            for stream in self.streams.values():
-                stream.reset_received = True
-            raise
+            yield
+        except Exception as error:  # noqa: BLE001  # the library's layers, where there are any, raise what they like
+            self._end(f"sending failed: {error!r}")
+        finally:
+            self._sending = False
+            self._nudge()
+            if not self._unsent and not self._core.has_frames:
+                self._drained.unpark_all()
 
-    async def _measure_rtt_loop(self) -> None:
-        while not self.event_shutting_down.is_set():
-            with trio.move_on_after(self.liveness.ping_every):
-                await self.event_shutting_down.wait()
-            if self.event_shutting_down.is_set():
+    def _nudge(self) -> None:
+        """Have the sending task look, if there is something and nobody is at it."""
+        if not self._sending and (self._unsent or self._core.has_frames):
+            self._to_send.set()
+
+    async def _send_queued(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send = trio.Event()
+            if not self._sending:
+                async with self._turn_to_send():
+                    while self._unsent or self._core.has_frames:
+                        await self._send_some()
+
+    async def _send_some(self) -> None:
+        """Seal the next batch, if the last one left, and send what the socket takes at once."""
+        if not self._unsent:
+            if not self._core.has_frames:
                 return
-            self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
-            answered = self._ping_event = trio.Event()
-            with trio.move_on_after(self.liveness.patience) as waiting:
-                self._ping_sent_time = trio.current_time()
-                try:
-                    await self._write_frame(HEADER.pack(0, _TYPE_PING, _FLAG_SYN, 0, self._ping_id))
-                except Exception:  # noqa: BLE001  # upstream's layers raise what they like; any of it ends us
+            self._unsent = self._sealer.seal(self._core.next_frames())
+            self._sent_at = trio.current_time()
+            self._wake_streams()
+        count = await self._wire.send(self._unsent)
+        self._unsent = self._unsent[count:]
+        self._sent_at = trio.current_time()
+
+    # --- receiving --------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        core, opener, wire = self._core, self._opener, self._wire
+        try:
+            self._take_in_untrusted([self._first] if self._first else [])
+            while core.gone_away is None:
+                with opener.room() as room:
+                    count = await wire.receive_into(room)
+                if not count:
+                    opener.end_untrusted()
+                    core.end_untrusted()
+                    self._end("the peer closed it")
                     return
-                await answered.wait()
-            if waiting.cancelled_caught:
-                await self._abandon("it does not answer")
+                self._take_in_untrusted(opener.receive_untrusted(count))
+                if count > SMALL_BUFFER:
+                    self._busy_at = self._received_at
+                elif self._received_at - self._busy_at > self._liveness.patience:
+                    opener.relax()
+            self._end("the peer closes it" + (f" (reason {core.gone_away})" if core.gone_away else ""))
+        except RemoteProtocolError as error:
+            await self._accuse(error)
+        except Exception as error:  # noqa: BLE001  # the library's layers, where there are any, raise what they like
+            self._end(f"it broke: {error!r}")
 
-    async def _abandon(self, why: str) -> None:
-        """Close the socket: closing in good order would wait for the peer that is gone.
+    def _take_in_untrusted(self, plaintexts: list[bytes]) -> None:
+        now = self._received_at = trio.current_time()
+        try:
+            for plaintext in plaintexts:
+                self._core.receive_untrusted(plaintext, now)
+        finally:
+            self._wake_streams()
+        if self._core.opened:
+            self._arrivals.unpark_all()
+        self._nudge()
 
-        Upstream's reader then sees the closed socket, ends every stream as reset and tells the swarm.
-        """
-        logger.info("closing the connection to %s: %s", self.peer_id, why)
-        with trio.CancelScope(shield=True):
+    async def _accuse(self, error: RemoteProtocolError) -> None:
+        """The peer broke the protocol: say so, and drop it."""
+        logger.info("dropping the connection to %s: it %s", self.peer_id, error)
+        with trio.move_on_after(FAREWELL):
+            await self._take_leave(frames.PROTOCOL_ERROR)
+        self._end(f"the peer broke the protocol: {error}")
+
+    # --- liveness ---------------------------------------------------------------------------
+
+    async def _ping(self) -> None:
+        while True:
+            asked = trio.current_time()
+            self._core.ping(asked)
+            self._nudge()
+            await trio.sleep(self._liveness.ping_every)
+            while (silence := self._silence(asked)) is not None:
+                if silence > self._liveness.patience:
+                    logger.info("closing the connection to %s: it does not answer", self.peer_id)
+                    self._end("the peer does not answer")
+                    return
+                await trio.sleep(self._liveness.patience - silence + 0.001)
+            self._core.sweep(trio.current_time())
+            self._wake_streams()
+            if not self._sending and not self._unsent and not self._core.has_frames:
+                self._sealer.relax()
+
+    def _silence(self, asked: float) -> float | None:
+        """For how long the peer has owed a byte, or taken none; None if all is well."""
+        now = trio.current_time()
+        if self._received_at <= asked:
+            return now - asked
+        if self._sending and self._unsent and now - self._sent_at > self._liveness.ping_every:
+            return now - self._sent_at
+        return None
+
+    async def _take_leave(self, reason: int) -> None:
+        """Have everything sent that is queued, and why we go."""
+        self._core.go_away(reason)
+        self._nudge()
+        while self._why is None and (self._sending or self._unsent or self._core.has_frames):
+            await self._drained.park()
+
+    # --- ending -----------------------------------------------------------------------------
+
+    def _end(self, why: str) -> None:
+        """Stop all tasks; `start` hangs up."""
+        self._lose(why)
+        self._scope.cancel()
+
+    def _lose(self, why: str) -> None:
+        if self._why is not None:
+            return
+        self._why = why
+        self._core.lose(f"the connection to {self.peer_id} is lost: {why}")
+        self._wake_streams()
+        self._arrivals.unpark_all()
+        logger.debug("the connection to %s is over: %s", self.peer_id, why)
+
+    async def _hang_up(self) -> None:
+        """Close the socket and tell the swarm, once."""
+        if self.event_closed.is_set():
+            return
+        self.event_closed.set()
+        self._scope.cancel()
+        try:
             await self.secured_conn.close()
+        except Exception as error:  # noqa: BLE001  # closing what is broken already fails in any way
+            logger.debug("closing the socket of %s failed: %r", self.peer_id, error)
+        if self.on_close is not None:
+            await self.on_close()
+
+    # --- bookkeeping ------------------------------------------------------------------------
+
+    def _adopt(self, state: StreamState) -> MuxedStream:
+        stream = self._streams[state.id] = MuxedStream(self, state)
+        return stream
+
+    def _wake_streams(self) -> None:
+        for state in self._core.touched:
+            stream = self._streams.get(state.id)
+            if stream is None:
+                continue
+            stream.wake()
+            if state.forgotten:
+                del self._streams[state.id]
+                if self._is_own(state):
+                    self._own.release()
+        self._core.touched.clear()
+
+    def _is_own(self, state: StreamState) -> bool:
+        return state.id % 2 == self.is_initiator
 
 
-class LiveMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # libp2p is untyped to us
+class OwnMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # libp2p is untyped to us
     """Negotiates as upstream does, which names its own Yamux class, and answers with ours."""
 
     def __init__(self, liveness: Liveness, muxers: Any, negotiate_timeout: int) -> None:
@@ -223,19 +527,10 @@ class LiveMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # li
     async def new_conn(self, conn: Any, peer_id: Any) -> Any:
         """Negotiate Yamux on a secured connection."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        muxed = LiveYamux(conn, peer_id, self._liveness)
-        return self._annotate_connection(muxed, conn, protocol)
+        return self._annotate_connection(Connection(conn, peer_id, self._liveness), conn, protocol)
 
 
 def install(upgrader: Any, liveness: Liveness) -> None:
     """Make every connection of this host one of ours."""
     old = upgrader.muxer_multistream
-    upgrader.muxer_multistream = LiveMuxer(liveness, old.transports, old.negotiate_timeout)
-    # Upstream's reader makes the streams by this name, for connections of either kind.
-    upstream.YamuxStream = _stream_of
-
-
-def _stream_of(stream_id: int, conn: Any, is_initiator: bool) -> Any:
-    """A stream of the kind its connection needs: a host that is not ours keeps upstream's."""
-    kind = LiveYamuxStream if isinstance(conn, LiveYamux) else _UpstreamYamuxStream
-    return kind(stream_id, conn, is_initiator)
+    upgrader.muxer_multistream = OwnMuxer(liveness, old.transports, old.negotiate_timeout)

@@ -27,7 +27,8 @@ from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.yamux import yamux
 from multiaddr import Multiaddr
 
-from omnistore.net.yamux import HEADER, LiveYamuxStream
+from omnistore.net.frames import HEADER_SIZE
+from omnistore.net.records import MAX_PLAINTEXT
 
 LOCAL = "/ip4/127.0.0.1/tcp/0"
 
@@ -165,19 +166,17 @@ async def test_a_dht_takes_whoever_asks_for_a_server() -> None:
 
 
 def test_a_full_frame_does_not_fit_a_record() -> None:
-    assert yamux.MAX_MESSAGE_SIZE > 65535 - 16
+    assert yamux.MAX_MESSAGE_SIZE > MAX_PLAINTEXT - HEADER_SIZE
 
 
 def test_the_muxer_is_named_where_it_can_not_be_chosen() -> None:
-    """Were it taken from the options instead, `LiveMuxer` could go."""
+    """Were it taken from the options instead, `OwnMuxer` could go."""
     assert "Yamux" in muxer_multistream.MuxerMultistream.new_conn.__code__.co_names
 
 
 def test_the_sender_polls() -> None:
-    stock = LiveYamuxStream.__mro__[1]
-    assert stock.__name__ == "YamuxStream"
-    assert {"sleep", "move_on_after"} <= set(stock.write.__code__.co_names)
-    assert HEADER.size == yamux.HEADER_SIZE
+    assert {"sleep", "move_on_after"} <= set(yamux.YamuxStream.write.__code__.co_names)
+    assert HEADER_SIZE == yamux.HEADER_SIZE
 
 
 def test_connections_log_through_the_root_logger() -> None:

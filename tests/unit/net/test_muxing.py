@@ -1,0 +1,386 @@
+"""One Yamux connection, without sockets: two cores back to back, and a peer that breaks the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.net import frames as f
+from omnistore.net.muxing import LIMITS, Muxing, MuxLimits, StreamState
+
+
+def drain(core: Muxing) -> bytes:
+    """Everything it has to send, batch after batch."""
+    out = b""
+    while core.has_frames:
+        out += b"".join(header + bytes(payload) for header, payload in core.next_frames())
+    return out
+
+
+def exchange(one: Muxing, other: Muxing, now: float = 0.0) -> None:
+    """Carry frames both ways until there are none."""
+    while one.has_frames or other.has_frames:
+        other.receive_untrusted(drain(one), now)
+        one.receive_untrusted(drain(other), now)
+
+
+def pair(limits: MuxLimits = LIMITS) -> tuple[Muxing, Muxing, StreamState, StreamState]:
+    """Two connected cores and the two ends of a stream."""
+    one, other = Muxing(True, limits), Muxing(False, limits)
+    mine = one.open(0.0)
+    exchange(one, other)
+    return one, other, mine, other.opened.popleft()
+
+
+def taken(core: Muxing, stream: StreamState, most: int = 1 << 30, now: float = 0.0) -> bytes:
+    return b"".join(core.take(stream, most, now))
+
+
+def frame(kind: int, flags: int, stream: int, value: int, payload: bytes = b"") -> bytes:
+    return f.pack(kind, flags, stream, value) + payload
+
+
+def test_bytes_and_ends_both_ways() -> None:
+    one, other, mine, theirs = pair()
+    one.write(mine, memoryview(b"question"))
+    one.close(mine)
+    exchange(one, other)
+    assert taken(other, theirs) == b"question"
+    assert theirs.ended
+    assert not mine.ended
+    other.write(theirs, memoryview(b"answer"))
+    other.close(theirs)
+    exchange(one, other)
+    assert taken(one, mine) == b"answer"
+    assert not one.streams
+    assert not other.streams
+    assert one.buffered == other.buffered == 0
+
+
+def test_an_end_waits_for_what_is_pending() -> None:
+    one, other, mine, theirs = pair()
+    pending = one.write(mine, memoryview(bytes(300_000)))
+    one.close(mine)
+    exchange(one, other)
+    assert not pending.done
+    assert not theirs.ended
+    assert len(taken(other, theirs)) == f.INITIAL_WINDOW
+    exchange(one, other)
+    assert pending.done
+    assert theirs.ended
+    assert len(taken(other, theirs)) == 300_000 - f.INITIAL_WINDOW
+
+
+def test_what_is_withdrawn_does_not_hold_up_the_end() -> None:
+    one, other, mine, theirs = pair()
+    pending = one.write(mine, memoryview(bytes(300_000)))
+    exchange(one, other)
+    one.close(mine)
+    one.withdraw(mine, pending)
+    exchange(one, other)
+    assert theirs.ended
+    assert theirs.buffered == f.INITIAL_WINDOW
+
+
+def test_a_reset_drops_what_was_buffered_and_is_told() -> None:
+    one, other, mine, theirs = pair()
+    one.write(mine, memoryview(b"never read"))
+    exchange(one, other)
+    one.reset(mine)
+    exchange(one, other)
+    assert theirs.broken == "the peer reset it"
+    assert taken(other, theirs) == b""
+    assert other.buffered == 0
+    assert not one.streams
+    assert not other.streams
+
+
+def test_what_was_on_its_way_to_a_reset_stream_is_passed_over() -> None:
+    one, other, mine, theirs = pair()
+    one.write(mine, memoryview(bytes(1000)))
+    late = drain(one)
+    other.reset(theirs)
+    other.receive_untrusted(late[:500], 0.0)
+    other.receive_untrusted(late[500:], 0.0)
+    other.end_untrusted()
+    assert other.buffered == 0
+
+
+def test_a_lost_connection_leaves_what_had_arrived() -> None:
+    one, other, mine, theirs = pair()
+    one.write(mine, memoryview(b"in time"))
+    exchange(one, other)
+    other.lose("the cable was cut")
+    assert theirs.broken == "the cable was cut"
+    assert taken(other, theirs) == b"in time"
+
+
+def test_small_writes_overtake_bulk() -> None:
+    core = Muxing(True)
+    bulk, small = core.open(0.0), core.open(0.0)
+    drain(core)
+    core.write(bulk, memoryview(bytes(200_000)))
+    first = core.next_frames()
+    core.write(bulk, memoryview(bytes(1 << 20)))
+    core.receive_untrusted(frame(f.WINDOW, 0, bulk.id, 10 << 20), 0.0)
+    core.write(small, memoryview(b"now"))
+    then = core.next_frames()
+    assert len(first) == 4
+    assert bytes(then[0][1]) == b"now"
+    assert len(then) > 1
+
+
+def test_bulk_has_its_half_whatever_comes_in_small() -> None:
+    core = Muxing(True)
+    bulk = core.open(0.0)
+    crowd = [core.open(0.0) for _ in range(60)]
+    drain(core)
+    core.write(bulk, memoryview(bytes(200_000)))
+    for stream in crowd:
+        core.write(stream, memoryview(bytes(16_000)))
+    sent = [f.unpack_untrusted(header[:12]) for header, _ in core.next_frames()]
+    assert 100_000 < sum(header.value for header in sent if header.stream == bulk.id) <= LIMITS.batch
+
+
+def test_bulk_streams_take_turns() -> None:
+    core = Muxing(True)
+    streams = [core.open(0.0) for _ in range(3)]
+    drain(core)
+    for stream in streams:
+        core.write(stream, memoryview(bytes(150_000)))
+    order = [f.unpack_untrusted(header).stream for header, _ in core.next_frames()]
+    assert order[:4] == [1, 3, 5, 1]
+
+
+def test_frames_fit_records_and_batches_are_bounded() -> None:
+    core = Muxing(True)
+    stream = core.open(0.0)
+    core.receive_untrusted(frame(f.WINDOW, 0, stream.id, 10 << 20), 0.0)
+    core.write(stream, memoryview(bytes(5 << 20)))
+    while core.has_frames:
+        batch = core.next_frames()
+        assert all(len(header) + len(payload) <= 65519 for header, payload in batch)
+        assert sum(len(payload) for _, payload in batch) <= LIMITS.batch + f.MAX_PAYLOAD
+
+
+def test_a_window_opens_by_halves() -> None:
+    one, other, mine, theirs = pair()
+    one.write(mine, memoryview(bytes(f.INITIAL_WINDOW)))
+    exchange(one, other)
+    taken(other, theirs, f.INITIAL_WINDOW // 2 - 1)
+    assert not other.has_frames
+    taken(other, theirs, 1)
+    assert f.unpack_untrusted(drain(other)) == f.Header(f.WINDOW, 0, mine.id, f.INITIAL_WINDOW // 2)
+
+
+def transfer(one: Muxing, other: Muxing, mine: StreamState, theirs: StreamState, step: float) -> None:
+    """Send 64 MiB, each half window taking `step` seconds."""
+    now, left = 1.0, 64 << 20
+    pending = one.write(mine, memoryview(bytes(left)))
+    while not pending.done or left:
+        exchange(one, other, now)
+        left -= len(taken(other, theirs, theirs.target // 2, now))
+        now += step
+
+
+def test_a_window_grows_while_it_is_used_fast_and_within_bounds() -> None:
+    one, other, mine, theirs = pair(replace(LIMITS, window=4 << 20))
+    other.ping(0.0)
+    exchange(one, other, 0.5)
+    assert other.round_trip == 0.5
+    transfer(one, other, mine, theirs, 1.0)
+    assert theirs.target == 4 << 20
+
+
+def test_a_window_stays_when_it_is_used_slowly() -> None:
+    one, other, mine, theirs = pair()
+    other.ping(0.0)
+    exchange(one, other, 0.001)
+    transfer(one, other, mine, theirs, 1.0)
+    assert theirs.target == f.INITIAL_WINDOW
+
+
+def test_all_windows_together_grow_by_the_budget_at_most() -> None:
+    one, other, mine, theirs = pair(replace(LIMITS, growth=1 << 20))
+    other.ping(0.0)
+    exchange(one, other, 0.5)
+    transfer(one, other, mine, theirs, 0.1)
+    assert theirs.target == f.INITIAL_WINDOW + (1 << 20)
+    one.reset(mine)
+    exchange(one, other)
+    mine = one.open(0.0)
+    exchange(one, other)
+    theirs = other.opened.popleft()
+    transfer(one, other, mine, theirs, 0.1)
+    assert theirs.target == f.INITIAL_WINDOW + (1 << 20)
+
+
+def test_a_peer_opens_no_more_streams_than_it_may() -> None:
+    core = Muxing(False, replace(LIMITS, inbound=2))
+    core.receive_untrusted(b"".join(frame(f.WINDOW, f.SYN, n, 0) for n in (1, 3, 5)), 0.0)
+    assert [stream.id for stream in core.opened] == [1, 3]
+    answers = drain(core)
+    last = f.unpack_untrusted(answers[-12:])
+    assert (last.flags, last.stream) == (f.RST, 5)
+    core.receive_untrusted(frame(f.WINDOW, f.RST, 1, 0) + frame(f.WINDOW, f.SYN, 7, 0), 0.0)
+    assert set(core.streams) == {3, 7}
+
+
+def test_streams_that_the_peer_never_ends_are_given_up() -> None:
+    one, other, mine, _ = pair()
+    one.close(mine)
+    exchange(one, other)
+    one.sweep(LIMITS.linger)
+    assert one.streams
+    one.sweep(LIMITS.linger + 1)
+    assert not one.streams
+    exchange(one, other)
+    assert not other.streams
+
+
+def test_going_away_is_heard() -> None:
+    one, other, _, _ = pair()
+    one.go_away(f.PROTOCOL_ERROR)
+    exchange(one, other)
+    assert other.gone_away == f.PROTOCOL_ERROR
+
+
+def test_stream_numbers_run_out() -> None:
+    core = Muxing(True)
+    core._next_id = (1 << 32) - 1
+    core.open(0.0)
+    with pytest.raises(LocalProtocolError, match="used up"):
+        core.open(0.0)
+
+
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "version": (lambda: b"\1" + bytes(11), "version 1"),
+    "type": (lambda: frame(4, 0, 1, 0), "unknown type 4"),
+    "flags": (lambda: frame(f.DATA, 16, 1, 0), "unknown flags 0x10"),
+    "data on stream 0": (lambda: frame(f.DATA, 0, 0, 0), "type 0 on stream 0"),
+    "ping on a stream": (lambda: frame(f.PING, f.SYN, 1, 0), "type 2 on stream 1"),
+    "over its window": (lambda: frame(f.DATA, 0, 1, f.INITIAL_WINDOW + 1), "whose window has 262144"),
+    "window over all bounds": (lambda: frame(f.WINDOW, 0, 1, 0xFFFFFFFF), "beyond all bounds"),
+    "data after its end": (
+        lambda: frame(f.DATA, f.FIN, 1, 1, b"x") + frame(f.DATA, 0, 1, 1, b"y"),
+        "after its end",
+    ),
+    "our number": (lambda: frame(f.WINDOW, f.SYN, 2, 0), "ours to give"),
+    "opened twice": (lambda: frame(f.WINDOW, f.SYN, 1, 0), "stream 1 twice"),
+    "never opened": (lambda: frame(f.DATA, 0, 9, 4), "stream 9, which nobody opened"),
+    "never opened by us": (lambda: frame(f.DATA, 0, 2, 4), "stream 2, which nobody opened"),
+    "unread answers": (lambda: frame(f.PING, f.SYN, 0, 7) * 6000, "faster than it takes them"),
+    "huge frame for nobody": (
+        lambda: frame(f.WINDOW, f.RST, 1, 0) + frame(f.DATA, 0, 1, 0xFFFFFFFF),
+        "no window is as large",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_rule_is_named(fault: str) -> None:
+    make, match = BROKEN[fault]
+    _, core, _, _ = pair()
+    drain(core)
+    with pytest.raises(RemoteProtocolError, match=match):
+        core.receive_untrusted(make(), 0.0)
+
+
+def test_a_peer_can_not_make_us_buffer_without_end() -> None:
+    core = Muxing(False, replace(LIMITS, buffered=1 << 20))
+    flood = b"".join(
+        frame(f.DATA, f.SYN, number, f.INITIAL_WINDOW, bytes(f.INITIAL_WINDOW)) for number in (1, 3, 5, 7)
+    )
+    core.receive_untrusted(flood, 0.0)
+    assert core.buffered == 1 << 20
+    with pytest.raises(RemoteProtocolError, match="buffer over"):
+        core.receive_untrusted(frame(f.DATA, f.SYN, 9, 1, b"x"), 0.0)
+
+
+@pytest.mark.parametrize("cut", [1, 11, 12, 20])
+def test_a_truncated_frame_is_named(cut: int) -> None:
+    _, core, _, _ = pair()
+    core.receive_untrusted(frame(f.DATA, 0, 1, 100, bytes(100))[:cut], 0.0)
+    with pytest.raises(RemoteProtocolError, match="middle of a frame"):
+        core.end_untrusted()
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["open", "write", "take", "close", "reset", "carry"]), st.integers(0, 2**20)),
+    max_size=60,
+)
+
+
+@given(ACTIONS, st.lists(st.integers(1, 5000), max_size=20))
+@settings(deadline=None)
+def test_two_cores_never_accuse_each_other(actions: list[tuple[str, int]], cuts: list[int]) -> None:
+    """Whatever both do, in whatever pieces it arrives; and every byte comes out in order."""
+    cores = (Muxing(True), Muxing(False))
+    ends: list[tuple[Muxing, StreamState]] = []
+    sent: dict[tuple[bool, int], int] = {}
+    got: dict[tuple[bool, int], int] = {}
+
+    def carry(source: Muxing, target: Muxing) -> None:
+        data = drain(source)
+        for cut in cuts:
+            target.receive_untrusted(data[:cut], 0.0)
+            data = data[cut:]
+        target.receive_untrusted(data, 0.0)
+        target.end_untrusted()
+        ends.extend((target, stream) for stream in target.opened)
+        target.opened.clear()
+
+    for action, number in actions:
+        if action == "carry":
+            carry(*(cores if number % 2 else cores[::-1]))
+        elif action == "open":
+            core = cores[number % 2]
+            ends.append((core, core.open(0.0)))
+        elif ends:
+            core, stream = ends[number % len(ends)]
+            side = (core is cores[0], stream.id)
+            if action == "write" and not (stream.closing or stream.broken):
+                begin = sent.get(side, 0)
+                core.write(stream, memoryview(bytes((begin + n) % 251 for n in range(number % 70_000))))
+                sent[side] = begin + number % 70_000
+            elif action == "take":
+                begin = got.get(side, 0)
+                data = taken(core, stream, number)
+                assert data == bytes((begin + n) % 251 for n in range(len(data)))
+                got[side] = begin + len(data)
+            elif action == "close":
+                core.close(stream)
+            elif action == "reset":
+                core.reset(stream)
+    for _ in range(3):
+        carry(*cores)
+        carry(*cores[::-1])
+    for core in cores:
+        assert core.buffered == sum(stream.buffered for stream in core.streams.values())
+
+
+HEADERS = st.builds(
+    f.pack,
+    st.integers(0, 4),
+    st.integers(0, 17),
+    st.integers(0, 6),
+    st.one_of(st.integers(0, 40), st.just(0xFFFFFFFF)),
+)
+
+
+@given(st.lists(st.one_of(HEADERS, st.binary(max_size=40)), max_size=40))
+def test_anything_is_taken_in_or_named(pieces: list[bytes]) -> None:
+    _, core, _, _ = pair()
+    try:
+        for piece in pieces:
+            core.receive_untrusted(piece, 0.0)
+        core.end_untrusted()
+    except RemoteProtocolError:
+        return
+    assert core.buffered == sum(stream.buffered for stream in core.streams.values())
+    drain(core)
