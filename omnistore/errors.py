@@ -11,7 +11,8 @@
     ├── TrustError
     │   ├── MalformedManifest
     │   ├── BadSignature
-    │   └── UnknownSigner
+    │   ├── UnknownSigner
+    │   └── BadNameRecord
     ├── StoreError
     │   ├── BlockMissing
     │   ├── StoreFull
@@ -117,6 +118,10 @@ class BadSignature(TrustError):
 
 class UnknownSigner(TrustError):
     """The publisher is not one that the caller asked for."""
+
+
+class BadNameRecord(TrustError):
+    """A name's record is malformed, forged, expired, or older than one seen before."""
 
 
 class StoreError(OmniError):

@@ -15,8 +15,9 @@ CLASSES = [
 EXIT_CODES = {
     "InputError": 2, "MalformedCID": 2, "BadConfig": 2, "MalformedGGUF": 3, "UnsupportedGGUF": 3,
     "IntegrityError": 4, "DigestMismatch": 4, "TrustError": 5, "MalformedManifest": 5, "BadSignature": 5,
-    "UnknownSigner": 5, "StoreError": 6, "BlockMissing": 6, "StoreFull": 6, "SourceChanged": 6,
-    "StoreLocked": 7, "ProtocolError": 8, "LocalProtocolError": 8, "RemoteProtocolError": 8,
+    "UnknownSigner": 5, "BadNameRecord": 5, "StoreError": 6, "BlockMissing": 6, "StoreFull": 6,
+    "SourceChanged": 6, "StoreLocked": 7, "ProtocolError": 8, "LocalProtocolError": 8,
+    "RemoteProtocolError": 8,
     "NetworkError": 9, "PeerUnreachable": 9, "FetchTimedOut": 9, "NoProviders": 10, "InferenceError": 11,
     "PlanInfeasible": 11, "StageLost": 11, "UnsupportedModel": 12, "OmniError": 1,
 }  # fmt: skip
