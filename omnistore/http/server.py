@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,22 @@ class HTTPLimits:
 
 
 LIMITS: Final = HTTPLimits()
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Where to listen: `HOST:PORT`, `[IPV6]:PORT`, or a port of this machine alone. Raises `BadConfig`."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (
+        not re.fullmatch("[0-9]{1,5}", port)
+        or int(port) > 65535
+        or not re.fullmatch(r"[\w.:%-]*", host, re.ASCII)
+    ):
+        raise BadConfig(
+            f"{text[:80]!r} is not an address to answer HTTP at",
+            remedy="Give HOST:PORT, such as 0.0.0.0:8080, or just a port for this machine alone.",
+        )
+    return host or "127.0.0.1", int(port)
 
 
 async def open_tcp(host: str, port: int) -> list[trio.SocketListener]:

@@ -12,7 +12,7 @@ import trio
 
 from omnistore.errors import BadConfig, BlockMissing
 from omnistore.http.message import Request, Response, json_response
-from omnistore.http.server import HTTPLimits, addresses, open_tcp, open_unix, serve_http
+from omnistore.http.server import HTTPLimits, addresses, open_tcp, open_unix, parse_address, serve_http
 
 Talk = Callable[..., Awaitable[bytes]]
 
@@ -148,6 +148,26 @@ def test_connections_are_bounded() -> None:
         assert (await talk(get("/echo"))).startswith(b"HTTP/1.1 503 ")
 
     serving(test, HTTPLimits(connections=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("8080", ("127.0.0.1", 8080)),
+        (":0", ("127.0.0.1", 0)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("[::1]:80", ("::1", 80)),
+        ("my-host.lan:80", ("my-host.lan", 80)),
+    ],
+)
+def test_where_to_listen(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", "70000", "1:2:x", "http://x:80", "a b:80", "²"])
+def test_where_not_to_listen(text: str) -> None:
+    with pytest.raises(BadConfig, match="not an address"):
+        parse_address(text)
 
 
 def test_a_port_in_use_is_named() -> None:
