@@ -332,7 +332,8 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
     lend = LendOptions(_bytes(options.get("memory_gb")), None if "any" in allow else allow)
     if not allow:
         _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
-    lender = Lender(node.peer_id, node.store, NetworkWeights(node.network, node.routing, node.store), lend)
+    weights = NetworkWeights(node.network, node.routing, node.store, node.download)
+    lender = Lender(node.peer_id, node.store, weights, lend)
     node.network.serve(frames.PROTOCOL, lender.serve)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lender.expire)

@@ -17,6 +17,7 @@ from omnistore.manifest import Manifest, PartKey
 from omnistore.net.interface import ContentRouting, Network, Provider
 from omnistore.store.interface import Store
 from omnistore.transfer.client import FetchOptions, FetchProgress, fetch_model
+from omnistore.transfer.rate import TokenBucket
 
 Progressed: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -26,8 +27,16 @@ Choose: TypeAlias = Callable[[Manifest], Collection[PartKey]]
 class NetworkWeights:
     """Fetches through one node."""
 
-    def __init__(self, network: Network, routing: ContentRouting | None, store: Store) -> None:
+    def __init__(
+        self,
+        network: Network,
+        routing: ContentRouting | None,
+        store: Store,
+        download: TokenBucket | None = None,
+    ) -> None:
+        """`download`: the node's cap on what it fetches."""
         self._network = network
+        self._download = download
         self._routing = routing
         self._store = store
         self._assembling = trio.Lock()
@@ -52,9 +61,8 @@ class NetworkWeights:
             def told(state: FetchProgress) -> None:
                 progress(state.done, state.total)
 
-            report = await fetch_model(
-                self._network, self._routing, self._store, model, FetchOptions(choose, peers), told
-            )
+            options = FetchOptions(choose, peers, download=self._download)
+            report = await fetch_model(self._network, self._routing, self._store, model, options, told)
             return report.bytes_fetched
 
     def _held(self, cid: CID, choose: Choose) -> bool:

@@ -25,6 +25,8 @@ from omnistore.errors import BadConfig, PeerUnreachable
 from omnistore.keys import PrivateKey
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.store.files import FileStore
+from omnistore.transfer.pacing import Pacer
+from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
 
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
@@ -92,6 +94,10 @@ class Node:
     nursery: trio.Nursery
     """Its tasks end with the node."""
     options: NodeOptions
+    upload: Pacer = field(default_factory=lambda: Pacer(None))
+    """The cap on blocks sent, which everything that sends some heeds."""
+    download: TokenBucket | None = None
+    """The cap on blocks fetched, for every `FetchOptions.download` of this node."""
     _index_version: int = field(default=-1)
 
     @property
@@ -148,7 +154,9 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             routing = DHTService(
                 kademlia, on_provided=lambda cid, copies: options.on_event(Announced(cid, copies))
             )
-            node = Node(key, store, network, routing, nursery, options)
+            node = Node(key, store, network, routing, nursery, options, Pacer(config.up_limit))
+            if config.down_limit is not None:
+                node.download = TokenBucket(config.down_limit, trio.current_time())
             await nursery.start(_serve, node)
             if options.server:
                 nursery.start_soon(routing.run)
@@ -161,7 +169,13 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
 
 
 async def _serve(node: Node, task_status: Any) -> None:
-    await serve_transfer(node.network, node.store, events=node.options.on_event, task_status=task_status)
+    await serve_transfer(
+        node.network,
+        node.store,
+        events=node.options.on_event,
+        pacer=node.upload,
+        task_status=task_status,
+    )
 
 
 async def _join(node: Node, kademlia: KademliaNode, addr: str) -> None:

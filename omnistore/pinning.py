@@ -8,7 +8,7 @@ is the command line's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -29,6 +29,7 @@ from omnistore.transfer.client import (
     every_part,
     fetch_model,
 )
+from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.session import SessionLimits
 from omnistore.transfer.window import FlowLimits
 
@@ -118,6 +119,8 @@ class Site:
     store: Store
     window: int
     """`Config.window`."""
+    download: TokenBucket | None = None
+    """The node's cap on what it fetches."""
 
 
 def is_here(store: Store, request: PinRequest) -> bool:
@@ -147,7 +150,7 @@ async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], No
             told_at = trio.current_time()
             tell(_progress(now))
 
-    options = request.options(site.window)
+    options = replace(request.options(site.window), download=site.download)
     report = await fetch_model(site.network, site.routing, site.store, request.cid, options, progressed)
     tell(_done(report))
 

@@ -157,7 +157,7 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         store_config, NodeOptions(bootstrap=store_config.bootstrap, alone_ok=bool(others))
     ) as node:
         routing = node.routing if store_config.bootstrap else None
-        weights = NetworkWeights(node.network, routing, node.store)
+        weights = NetworkWeights(node.network, routing, node.store, node.download)
         await weights.fetch(cid, header_parts, providers)
         yield await _opened(asked, output, cid, Site(node.network, routing, node.store, weights))
 

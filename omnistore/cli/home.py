@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+
+import click
 
 from omnistore.config import Config, settings
 from omnistore.settings import check_untrusted
@@ -35,3 +38,15 @@ def home_store() -> Iterator[FileStore]:
         yield store
     finally:
         store.close()
+
+
+def with_caps(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--up-limit` and `--down-limit`, and pass what was given as `caps`, for `config`."""
+
+    @click.option("--up-limit", metavar="RATE", help="Most to send, over all peers, such as 10MB/s.")
+    @click.option("--down-limit", metavar="RATE", help="Most to fetch, over all peers, such as 10MB/s.")
+    @functools.wraps(command)
+    def capped(*args: Any, up_limit: str | None, down_limit: str | None, **kwargs: Any) -> None:
+        command(*args, caps={"up_limit": up_limit, "down_limit": down_limit}, **kwargs)
+
+    return capped

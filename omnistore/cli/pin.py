@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click
 import trio
 
 from omnistore.cid import CID
-from omnistore.cli.home import config, home_store
+from omnistore.cli.home import config, home_store, with_caps
 from omnistore.cli.output import Output, Progress, size, with_output
 from omnistore.config import Config
 from omnistore.errors import InputError
@@ -24,6 +25,7 @@ from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_
 @click.option("--peer", "peers", multiple=True, metavar="MADDR", help="Ask this peer; can be repeated.")
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="Find peers through this node's DHT.")
 @click.option("--output", "to", type=click.Path(path_type=Path), help="Also put the file here.")
+@with_caps
 @with_output
 def pin(
     output: Output,
@@ -32,12 +34,13 @@ def pin(
     peers: tuple[str, ...],
     bootstrap: tuple[str, ...],
     to: Path | None,
+    caps: Mapping[str, str | None],
 ) -> None:
     """Fetch the model CID, verify every block, keep it. Interrupted, it resumes where it was."""
     wanted = CID.parse_untrusted(cid)
     for addr in peers:
         parse_dialable_untrusted(addr)
-    settings = config(bootstrap=bootstrap)
+    settings = config(bootstrap=bootstrap, **caps)
     request = PinRequest(wanted, layers, peers, bootstrap, to.absolute() if to else None)
     watched = Watched(output)
     with home_store() as store:
@@ -65,7 +68,8 @@ async def _from_peers(settings: Config, request: PinRequest, watched: Watched) -
     joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(request.peers))
     async with open_node(settings, joining) as node:
         routing = node.routing if settings.bootstrap else None
-        await run_pin(Site(node.network, routing, node.store, settings.window), request, watched)
+        site = Site(node.network, routing, node.store, settings.window, node.download)
+        await run_pin(site, request, watched)
 
 
 @dataclass(slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from omnistore.cli.home import config
+from omnistore.cli.home import config, with_caps
 from omnistore.cli.output import Output, size, with_output
 from omnistore.errors import BadConfig
 
@@ -44,6 +44,7 @@ class _Seed:
 @click.option(
     "--allow", multiple=True, metavar="PEER|any", help="Who may use the compute; nobody by default."
 )
+@with_caps
 @with_output
 def seed(
     output: Output,
@@ -52,6 +53,7 @@ def seed(
     announce: tuple[str, ...],
     compute: float | None,
     allow: tuple[str, ...],
+    caps: Mapping[str, str | None],
 ) -> None:
     """Serve what this home holds, and what is added to it meanwhile, until interrupted.
 
@@ -62,7 +64,7 @@ def seed(
         raise BadConfig(
             "--allow is about --compute, which was not given", remedy="Add --compute, or drop it."
         )
-    settings = config(listen=listen, bootstrap=bootstrap, announce=announce)
+    settings = config(listen=listen, bootstrap=bootstrap, announce=announce, **caps)
     # The network takes half a second to import: not for `omni seed --help`.
     import trio
 

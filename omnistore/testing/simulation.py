@@ -23,6 +23,7 @@ from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.transfer import events as e
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.messages import Cancel, Have, Want
+from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.serve import FindHeld, ReadBlocks, Serving
 from omnistore.transfer.session import Session, SessionLimits
 
@@ -63,6 +64,8 @@ class Scenario:
     """Nodes wanted before the parts."""
     peers: tuple[PeerModel, ...]
     limits: SessionLimits = field(default_factory=SessionLimits)
+    cap: float | None = None
+    """Bytes per second that the session may ask for."""
     horizon: float = 3600.0
     """Seconds after which a run that neither finished nor failed is a bug."""
 
@@ -109,7 +112,8 @@ class Simulation:
         self.scenario = scenario
         self.seed = seed
         self.rng = random.Random(seed)
-        self.session = Session(self.rng.random, scenario.limits)
+        cap = None if scenario.cap is None else TokenBucket(scenario.cap, 0.0)
+        self.session = Session(self.rng.random, scenario.limits, cap)
         self.now = 0.0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()

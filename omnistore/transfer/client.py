@@ -49,6 +49,7 @@ from omnistore.net.interface import ContentRouting, Network, Provider, Stream, S
 from omnistore.store.interface import Assembly, Model, Store
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
+from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.session import LIMITS, Session, SessionLimits
 from omnistore.transfer.swarm import Swarm, Tally
 
@@ -86,6 +87,8 @@ class FetchOptions:
     output: Path | None = None
     """As `Assembly.finish` takes it."""
     limits: SessionLimits = LIMITS
+    download: TokenBucket | None = None
+    """The node's cap on what is fetched, if it has one; all its fetches share it."""
     mirrors: Sequence[str] = ()
     """URLs of web servers that have the model's files; they can not tell what the model is."""
     gateways: Sequence[str] = ()
@@ -158,7 +161,7 @@ async def fetch_model(
     point, the next call asks only for what was not yet written.
     """
     options = options or FetchOptions()
-    session = Session(random.random, options.limits)
+    session = Session(random.random, options.limits, options.download)
     web = _web_sources(network, options)
     # Mirrors are asked only when the model is known: until then there is more to come.
     swarm = Swarm(web or network, session, finite=routing is None and not options.mirrors)

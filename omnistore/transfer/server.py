@@ -44,6 +44,7 @@ from omnistore.transfer.messages import (
     Want,
     encode,
 )
+from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.serve import FindHeld, ReadBlocks, ServeLimits, Serving
 
 _log = logging.getLogger(__name__)
@@ -101,10 +102,11 @@ async def serve_transfer(
     *,
     events: Callable[[ServeEvent], None] = lambda event: None,
     limits: ServeLimits | None = None,
+    pacer: Pacer | None = None,
     task_status: Any = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer requesters with everything `store` holds, until cancelled."""
-    server = _Server(store, events, Serving(limits or ServeLimits()))
+    """Answer requesters with everything `store` holds, until cancelled; `pacer` caps what is sent."""
+    server = _Server(store, events, Serving(limits or ServeLimits()), pacer or Pacer(None))
     async with trio.open_nursery() as nursery:
         for _ in range(READERS):
             nursery.start_soon(server.work)
@@ -117,6 +119,7 @@ class _Server:
     store: Store
     events: Callable[[ServeEvent], None]
     serving: Serving
+    pacer: Pacer
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READERS))
     outlets: dict[int, _Outlet] = field(default_factory=dict)
     lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
@@ -201,12 +204,14 @@ class _Server:
             return
         # The head rides with the first bytes of the payload: one small frame less per block.
         data = memoryview(message.data)
-        first = min(len(data), 16 << 10)
+        first, piece = min(len(data), 16 << 10), self.pacer.piece(PIECE)
+        await self.pacer.passes(stream.peer, first)
         with trio.fail_after(SEND_PATIENCE):
             await stream.send_all(head + data[:first])
-        for start in range(first, len(data), PIECE):
+        for start in range(first, len(data), piece):
+            await self.pacer.passes(stream.peer, min(piece, len(data) - start))
             with trio.fail_after(SEND_PATIENCE):
-                await stream.send_all(data[start : start + PIECE])
+                await stream.send_all(data[start : start + piece])
 
     async def _watch(self, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
         """End the stream when nothing has been asked for long."""

@@ -31,7 +31,8 @@ from omnistore.errors import LocalProtocolError
 from omnistore.transfer import events as e
 from omnistore.transfer.demand import Demand, Group, Wanted
 from omnistore.transfer.life import TRANSITIONS, BlockState
-from omnistore.transfer.source import Ask, Source
+from omnistore.transfer.rate import TokenBucket
+from omnistore.transfer.source import Ask, Source, late_asks, replaceable
 from omnistore.transfer.window import FLOW, FlowLimits, PeerFlow
 
 
@@ -60,8 +61,13 @@ LIMITS: Final = SessionLimits()
 class Session:
     """One model being fetched."""
 
-    def __init__(self, rng: Callable[[], float], limits: SessionLimits = LIMITS) -> None:
-        """`rng` gives floats in [0, 1): breaks ties between equally rare parts."""
+    def __init__(
+        self, rng: Callable[[], float], limits: SessionLimits = LIMITS, cap: TokenBucket | None = None
+    ) -> None:
+        """`rng` gives floats in [0, 1): breaks ties between equally rare parts.
+
+        `cap` bounds what is asked for per second; sessions of one node share it.
+        """
         self.limits = limits
         self.banned: dict[str, str] = {}
         """Peers never to be dealt with again, and why."""
@@ -70,6 +76,7 @@ class Session:
         self.duplicate_bytes = 0
         self.wanted_bytes = 0
         self._rng = rng
+        self._cap = cap
         self._demand = Demand()
         self._states: dict[CID, BlockState] = {}
         self._askers: dict[CID, list[Source]] = {}
@@ -164,10 +171,10 @@ class Session:
     def _on_left(self, event: e.PeerLeft, now: float) -> None:
         source = self._sources.get(event.peer)
         if source is not None:
-            self._forget(source)
+            self._forget(source, now)
 
     def _on_broke(self, event: e.PeerBroke, now: float) -> None:
-        self._drop(event.peer, event.reason, banned=True)
+        self._drop(event.peer, event.reason, now, banned=True)
 
     def _on_holds(self, event: e.HoldsReceived, now: float) -> None:
         source, group = self._sources.get(event.peer), self._demand.group(event.part)
@@ -175,7 +182,7 @@ class Session:
             return
         mask = group.mask_untrusted(event.blocks)
         if mask is None:
-            self._drop(event.peer, f"sent a bitmap that does not fit part {event.part}", banned=True)
+            self._drop(event.peer, f"sent a bitmap that does not fit part {event.part}", now, banned=True)
             return
         source.queries.discard(event.part)
         source.flow.progressed(now)
@@ -222,6 +229,7 @@ class Session:
             if ask is None:
                 raise LocalProtocolError(f"{event.peer} answered for {cid}, which it was not asked for")
             self._answered(source, cid)
+            self._pay_back(ask.size, now)
             if ask.given_up:
                 source.holdings.allow(self._demand.places(cid))
             else:
@@ -239,7 +247,7 @@ class Session:
     def _on_refused(self, event: e.BlockRefused, now: float) -> None:
         self._move(event.cid, "refused")
         self._demand.release(event.cid)
-        self._drop(event.peer, f"sent bytes that do not match block {event.cid}", banned=True)
+        self._drop(event.peer, f"sent bytes that do not match block {event.cid}", now, banned=True)
 
     def _on_exhausted(self, event: e.SourcesExhausted, now: float) -> None:
         self._exhausted = True
@@ -259,13 +267,13 @@ class Session:
 
     def _fill(self, now: float) -> None:
         """Ask everybody with room, the least loaded first, those that stalled before last."""
-        if not self._demand.pending:
+        if not self._demand.pending or self._capped(now):
             return
         room = [s for s in self._sources.values() if self._room(s) > 0]
         for source in sorted(room, key=lambda s: (s.suspect, s.seconds_for(s.outstanding, now))):
             blocks = []
             for block in self._demand.choose(source.holdings):
-                if not self._fits(source, block.size):
+                if not self._fits(source, block.size) or self._capped(now):
                     break
                 self._ask(source, block, now)
                 blocks.append(block)
@@ -284,6 +292,15 @@ class Session:
             return False
         return source.outstanding + size <= source.flow.window
 
+    def _capped(self, now: float) -> bool:
+        """Whether the cap lets nothing be asked now."""
+        return self._cap is not None and self._cap.wait(now) > 0
+
+    def _pay_back(self, size: int, now: float) -> None:
+        """What was asked will not come."""
+        if self._cap is not None:
+            self._cap.give_back(size, now)
+
     def _ask(self, source: Source, block: Wanted, now: float) -> None:
         cid, size = block.cid, block.size
         idle = not source.asks
@@ -291,6 +308,8 @@ class Session:
         if idle:
             source.answered_at = now
         source.asks[cid] = Ask(size, now)
+        if self._cap is not None:
+            self._cap.take(size, now)
         source.outstanding += size
         self.outstanding += size
         self._askers.setdefault(cid, []).append(source)
@@ -325,9 +344,9 @@ class Session:
         if source.suspect or source.outstanding * 2 > source.flow.window or self._room(source) <= 0:
             return
         taken = []
-        for block, other in self._late(source, now):
+        for block, other in late_asks(source, self._sources.values(), self._demand, now):
             charge = self.duplicate_bytes + sum(self._charged.values()) + block.size
-            if charge > self.duplicates_allowed or not self._fits(source, block.size):
+            if charge > self.duplicates_allowed or not self._fits(source, block.size) or self._capped(now):
                 break
             self._charged[block.cid] = block.size
             self._give_up(other, block.cid)
@@ -335,24 +354,6 @@ class Session:
             taken.append(block)
         if taken:
             self._out.append(e.SendWant(source.id, tuple(taken)))
-
-    def _late(self, source: Source, now: float) -> list[tuple[Wanted, Source]]:
-        """Asks of others that `source` could answer in half the time, the latest first."""
-        mine = source.outstanding
-        found: list[tuple[float, Wanted, Source]] = []
-        for other in self._sources.values():
-            ahead = 0
-            for cid, ask in other.asks.items() if other is not source else ():
-                ahead += ask.size
-                if len(self._askers[cid]) > 1 or ask.given_up:
-                    continue
-                theirs = other.seconds_for(ahead, now)
-                ours = source.seconds_for(mine + ask.size, now) + (source.flow.delay or 0.05)
-                block = self._demand.wanted(cid)
-                if theirs > 2 * ours and block and source.holdings.holds(self._demand.places(cid)):
-                    found.append((theirs, block, other))
-        found.sort(key=lambda item: -item[0])
-        return [(block, other) for _, block, other in found]
 
     # --- knowing who holds what -------------------------------------------------------------
 
@@ -396,38 +397,31 @@ class Session:
         if source.asks:
             silence = now - flow.alive_at
             if silence > flow.silence_allowed:
-                self._drop(source.id, f"stalled: no byte for {silence:.1f} s", banned=False)
-            elif now - source.answered_at > self.limits.flow.answer_most and self._replaceable(source):
-                self._drop(
-                    source.id, f"too slow: one block took over {now - source.answered_at:.0f} s", banned=False
-                )
+                self._drop(source.id, f"stalled: no byte for {silence:.1f} s", now, banned=False)
+            elif now - source.answered_at > self.limits.flow.answer_most and replaceable(
+                source, self._sources.values(), self._demand
+            ):
+                waited = now - source.answered_at
+                self._drop(source.id, f"too slow: one block took over {waited:.0f} s", now, banned=False)
         elif source.queries:
             oldest = min(source.queried_at[part] for part in source.queries)
             if now - max(oldest, flow.alive_at) > self.limits.flow.silence_most:
-                self._drop(source.id, "stalled: does not say what it holds", banned=False)
+                self._drop(source.id, "stalled: does not say what it holds", now, banned=False)
 
-    def _replaceable(self, source: Source) -> bool:
-        """Whether somebody else holds everything asked of this peer."""
-        others = [other for other in self._sources.values() if other is not source]
-        return all(
-            any(other.holdings.holds(self._demand.places(cid)) for other in others)
-            for cid, ask in source.asks.items()
-            if not ask.given_up
-        )
-
-    def _drop(self, peer: str, reason: str, *, banned: bool) -> None:
+    def _drop(self, peer: str, reason: str, now: float, *, banned: bool) -> None:
         if banned:
             self.banned.setdefault(peer, reason)
         self._stalled.add(peer)
         source = self._sources.get(peer)
         if source is not None:
-            self._forget(source)
+            self._forget(source, now)
             self._out.append(e.DropPeer(peer, reason, banned))
 
-    def _forget(self, source: Source) -> None:
+    def _forget(self, source: Source, now: float) -> None:
         del self._sources[source.id]
-        for cid in list(source.asks):
+        for cid, ask in list(source.asks.items()):
             self._answered(source, cid)
+            self._pay_back(ask.size, now)
             self._release(cid)
             self._settle(cid)
         self._weigh()
@@ -438,6 +432,8 @@ class Session:
             return
         if self._verifying:
             return
+        if not self.outstanding and self._capped(now):
+            self._useful_at = now
         served = any(
             group.unfinished & source.holdings.masks.get(group, 0) or source.asks or source.queries
             for source in self._sources.values()

@@ -1,12 +1,17 @@
-"""One joined peer, as a session sees it: what it was asked, what it holds, how fast it is. Pure."""
+"""One joined peer, as a session sees it: what it was asked, what it holds, how fast it is.
+
+And what follows from comparing peers: whose asks another could answer sooner, and who can be spared.
+Pure; the deciding is `session`'s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from omnistore.block import BLOCK_SIZE
 from omnistore.cid import CID
-from omnistore.transfer.demand import Holdings
+from omnistore.transfer.demand import Demand, Holdings, Wanted
 from omnistore.transfer.window import PeerFlow
 
 
@@ -43,3 +48,39 @@ class Source:
         rate = self.flow.rate or float(BLOCK_SIZE)
         waited = now - self.answered_at if self.asks else 0.0
         return max(size / max(rate, 1.0), waited)
+
+
+def late_asks(
+    source: Source, everybody: Collection[Source], demand: Demand, now: float
+) -> list[tuple[Wanted, Source]]:
+    """Asks of others that `source` could answer in half the time, the latest first."""
+    others = [other for other in everybody if other is not source]
+    asked_twice = set(source.asks)
+    seen: set[CID] = set()
+    for other in others:
+        asked_twice |= seen & other.asks.keys()
+        seen |= other.asks.keys()
+    found: list[tuple[float, Wanted, Source]] = []
+    for other in others:
+        ahead = 0
+        for cid, ask in other.asks.items():
+            ahead += ask.size
+            if cid in asked_twice or ask.given_up:
+                continue
+            theirs = other.seconds_for(ahead, now)
+            ours = source.seconds_for(source.outstanding + ask.size, now) + (source.flow.delay or 0.05)
+            block = demand.wanted(cid)
+            if theirs > 2 * ours and block and source.holdings.holds(demand.places(cid)):
+                found.append((theirs, block, other))
+    found.sort(key=lambda item: -item[0])
+    return [(block, other) for _, block, other in found]
+
+
+def replaceable(source: Source, everybody: Collection[Source], demand: Demand) -> bool:
+    """Whether somebody else holds everything asked of this peer."""
+    others = [other for other in everybody if other is not source]
+    return all(
+        any(other.holdings.holds(demand.places(cid)) for other in others)
+        for cid, ask in source.asks.items()
+        if not ask.given_up
+    )
