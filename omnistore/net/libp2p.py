@@ -30,7 +30,7 @@ from multiaddr import Multiaddr
 
 from omnistore.errors import BadConfig, OmniError, PeerUnreachable
 from omnistore.keys import PrivateKey
-from omnistore.net import dialing, yamux
+from omnistore.net import dialing, private, yamux
 from omnistore.net.addresses import (
     Address,
     check_listenable,
@@ -68,6 +68,8 @@ class NetworkOptions:
     open_deadline: float = 10.0
     """Seconds to agree on a stream's protocol."""
     liveness: Liveness = field(default_factory=Liveness)
+    psk: bytes | None = field(default=None, repr=False)
+    """The pre-shared key of a private swarm, 32 bytes: nobody without it is spoken to."""
 
 
 @dataclass(slots=True)
@@ -249,6 +251,8 @@ def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptio
     swarm.set_resource_manager(None)
     dialing.install(swarm, options.dial_deadline)
     yamux.install(swarm.upgrader, options.liveness)
+    if options.psk is not None:
+        private.install(swarm.upgrader, options.psk)
     isolate_streams(swarm)
     free_inbound_slots(swarm)
     return host
