@@ -71,6 +71,18 @@ def update(path: Path, change: Callable[[Document], Document]) -> Document:
     return document
 
 
+def remove_document(path: Path) -> bool:
+    """Remove a document durably; whether there was one. Raises `BadConfig`."""
+    try:
+        path.unlink()
+        sync_directory(path.parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise BadConfig(f"{path} can not be removed: {error.strerror}") from None
+    return True
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """The lock is a file of its own: the document's is replaced at every write."""
