@@ -102,6 +102,7 @@ IMPURE = {
 HOMES = {
     "libp2p": ("omnistore.net", "omnistore.dht.service"),
     "multiaddr": ("omnistore.net", "omnistore.dht.service"),
+    "zeroconf": ("omnistore.net",),
     "sqlite3": ("omnistore.store",),
     "sqlite_utils": ("omnistore.store",),
     "mlx": ("omninfer.engines",),

@@ -14,13 +14,14 @@ from typing import Final, Literal, TypeAlias
 
 import trio
 
-from omnistore import dagcbor
+from omnistore import dagcbor, varint
 from omnistore.block import Block
 from omnistore.cid import CID, DAG_CBOR
 from omnistore.errors import BlockMissing, InputError
 from omnistore.http.message import App, Headers, Request, Response, text_response
 from omnistore.manifest import MAX_NODE_SIZE
 from omnistore.store.interface import Store
+from omnistore.transfer.pacing import Pacer
 
 RAW_TYPE: Final = "application/vnd.ipld.raw"
 CAR_TYPE: Final = "application/vnd.ipld.car"
@@ -34,6 +35,8 @@ CAR_MOST: Final = 1 << 20
 """Blocks in one CAR: a terabyte."""
 BATCH: Final = 4
 """Blocks of a CAR read in one hop to a thread."""
+LINE: Final = "http"
+"""All HTTP clients together have one peer's place where an upload cap makes them wait."""
 PREFIX: Final = "/ipfs/"
 
 Scope: TypeAlias = Literal["all", "entity", "block"]
@@ -45,14 +48,15 @@ _COMMON: Final = (
 )
 
 
-def gateway(store: Store) -> App:
-    """The site that serves what `store` holds."""
-    return _Gateway(store).answer
+def gateway(store: Store, pacer: Pacer) -> App:
+    """The site that serves what `store` holds, within the cap that `pacer` keeps."""
+    return _Gateway(store, pacer).answer
 
 
 @dataclass(slots=True, eq=False)
 class _Gateway:
     store: Store
+    pacer: Pacer
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READERS))
     cars: int = 0
     """Under way."""
@@ -75,6 +79,8 @@ class _Gateway:
             return Response(304, b"", headers=headers)
         if wanted == "raw":
             block = await trio.to_thread.run_sync(self.store.read, cid, limiter=self.threads)
+            if request.method == "GET":
+                await self.pacer.passes(LINE, len(block))
             return Response(200, block.data, RAW_TYPE, headers)
         return await self._car(cid, _scope(request), headers)
 
@@ -94,6 +100,7 @@ class _Gateway:
                 batch = order[start : start + BATCH]
                 blocks = await trio.to_thread.run_sync(self._read, batch, limiter=self.threads)
                 for block in blocks:
+                    await self.pacer.passes(LINE, len(block))
                     yield section_head(block)
                     yield block.data
         finally:
@@ -192,19 +199,9 @@ def _links(value: dagcbor.Value) -> Iterator[CID]:
 def car_header(root: CID) -> bytes:
     """The beginning of a CARv1."""
     header = dagcbor.encode({"roots": [root], "version": 1})
-    return varint(len(header)) + header
+    return varint.encode(len(header)) + header
 
 
 def section_head(block: Block) -> bytes:
     """What precedes a block's bytes in a CARv1."""
-    return varint(len(block.cid.binary) + len(block)) + block.cid.binary
-
-
-def varint(number: int) -> bytes:
-    """Unsigned LEB128."""
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+    return varint.encode(len(block.cid.binary) + len(block)) + block.cid.binary

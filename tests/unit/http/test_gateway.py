@@ -21,6 +21,7 @@ from omnistore.store.memory import MemoryStore
 from omnistore.testing.seeding import seeded
 from omnistore.testing.tiny_gguf import tiny_model
 from omnistore.transfer.client import FetchOptions, FetchReport, Offline, fetch_model
+from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.session import SessionLimits
 
 KEY = PrivateKey(bytes(32))
@@ -41,7 +42,7 @@ def ask(
     query = {name.replace("_", "-"): value for name, value in query.items()}
 
     async def main() -> tuple[Response, bytes]:
-        response = await gateway(store)(Request(method, path, query, headers))
+        response = await gateway(store, Pacer(None))(Request(method, path, query, headers))
         body = response.body
         return response, b"".join([bytes(p) async for p in body]) if isinstance(
             body, AsyncIterator
@@ -190,7 +191,7 @@ def fetch_through(app: App, cid: CID, output: Path) -> tuple[FetchReport, str]:
 
 def test_a_gateway_alone_is_enough(model: Model, tmp_path: Path) -> None:
     path, seed, cid = model
-    report, url = fetch_through(gateway(seed), cid, tmp_path / "out.gguf")
+    report, url = fetch_through(gateway(seed, Pacer(None)), cid, tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == path.read_bytes()
     assert list(report.peers) == [f"{url} (gateway)"]
 
@@ -199,13 +200,13 @@ def test_a_gateway_that_has_the_nodes_only(model: Model, tmp_path: Path) -> None
     path, _, cid = model
     nodes, _ = seeded(path, KEY, [])
     with pytest.raises(NoProviders, match="holds what is needed"):
-        fetch_through(gateway(nodes), cid, tmp_path / "out.gguf")
+        fetch_through(gateway(nodes, Pacer(None)), cid, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("fault", ["lies", "large", "empty", "html"])
 def test_a_bad_gateway_is_dropped_and_named(model: Model, tmp_path: Path, fault: str) -> None:
     _, seed, cid = model
-    right = gateway(seed)
+    right = gateway(seed, Pacer(None))
 
     async def app(request: Request) -> Response:
         response = await right(request)
