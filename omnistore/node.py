@@ -24,6 +24,7 @@ from omnistore.dht.service import DHTService
 from omnistore.errors import BadConfig, PeerUnreachable
 from omnistore.keys import PrivateKey
 from omnistore.net.addresses import parse_dialable_untrusted
+from omnistore.net.metering import MeteredNetwork
 from omnistore.store.files import FileStore
 from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.rate import TokenBucket
@@ -94,6 +95,8 @@ class Node:
     nursery: trio.Nursery
     """Its tasks end with the node."""
     options: NodeOptions
+    meter: MeteredNetwork
+    """`network` for the transfer protocol, counted."""
     upload: Pacer = field(default_factory=lambda: Pacer(None))
     """The cap on blocks sent, which everything that sends some heeds."""
     download: TokenBucket | None = None
@@ -154,7 +157,16 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             routing = DHTService(
                 kademlia, on_provided=lambda cid, copies: options.on_event(Announced(cid, copies))
             )
-            node = Node(key, store, network, routing, nursery, options, Pacer(config.up_limit))
+            node = Node(
+                key,
+                store,
+                network,
+                routing,
+                nursery,
+                options,
+                MeteredNetwork(network),
+                Pacer(config.up_limit),
+            )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
             await nursery.start(_serve, node)
@@ -170,7 +182,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
 
 async def _serve(node: Node, task_status: Any) -> None:
     await serve_transfer(
-        node.network,
+        node.meter,
         node.store,
         events=node.options.on_event,
         pacer=node.upload,

@@ -146,7 +146,7 @@ async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], No
 
     def progressed(now: FetchProgress) -> None:
         nonlocal told_at
-        if trio.current_time() - told_at >= EVENT_EVERY:
+        if trio.current_time() - told_at >= EVENT_EVERY or now.done == now.total:
             told_at = trio.current_time()
             tell(_progress(now))
 

@@ -32,6 +32,8 @@ _OWN: Final = MappingProxyType(
         "add": "Publish a GGUF file: cut it, sign its manifest, print its CID.",
         "pin": "Fetch a model, or some of its layers, by CID from peers.",
         "seed": "Run a node that serves what this home holds.",
+        "status": "Show what the seed of this home is doing.",
+        "peers": "Show whom the seed of this home is connected to.",
         "ls": "List the models held here.",
         "show": "Describe a model: parts, sizes, files, publisher.",
         "verify": "Read everything again and check it against its CIDs.",

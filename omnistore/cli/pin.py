@@ -14,6 +14,7 @@ from omnistore.cli.home import config, home_store, with_caps
 from omnistore.cli.output import Output, Progress, size, with_output
 from omnistore.config import Config
 from omnistore.errors import InputError
+from omnistore.http.client import running_seed
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
 from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_pin
@@ -48,10 +49,9 @@ def pin(
         if here:
             trio.run(run_pin, offline(store), request, watched)
     if not here:
-        _check_sources(settings, request)
         with output.progress("looking for the model", 0) as bar:
             watched.bar = bar
-            trio.run(_from_peers, settings, request, watched)
+            trio.run(_fetch, settings, request, watched)
     watched.conclude()
 
 
@@ -63,7 +63,13 @@ def _check_sources(settings: Config, request: PinRequest) -> None:
         )
 
 
-async def _from_peers(settings: Config, request: PinRequest, watched: Watched) -> None:
+async def _fetch(settings: Config, request: PinRequest, watched: Watched) -> None:
+    """In the seed of this home if one runs, with its connections and identity; else in a node of our own."""
+    seed = await running_seed(settings.home)
+    if seed is not None:
+        await seed.pin(request, watched)
+        return
+    _check_sources(settings, request)
     # While it fetches, the node serves what it already holds.
     joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(request.peers))
     async with open_node(settings, joining) as node:

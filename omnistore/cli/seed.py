@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import click
 
 from omnistore.cli.home import config, with_caps
 from omnistore.cli.output import Output, size, with_output
+from omnistore.config import make_home
 from omnistore.errors import BadConfig
 
 if TYPE_CHECKING:
     from omnistore.config import Config
+    from omnistore.http.daemon import Daemon
     from omnistore.node import NodeEvent
 
 DEFAULT_PORT: Final = 4141
@@ -82,17 +85,31 @@ def default_listen() -> tuple[str, ...]:
 async def _run(output: Output, asked: _Seed) -> None:
     import trio
 
+    from omnistore.http.daemon import Daemon, Statistics
+    from omnistore.http.local import LOCK
     from omnistore.node import NodeOptions, open_node
+    from omnistore.store.disk import FileLock
+
+    statistics = Statistics()
+
+    def told(event: NodeEvent) -> None:
+        statistics.count(event)
+        _report(output, event)
 
     options = NodeOptions(
         server=True,
         listen=asked.settings.listen or default_listen(),
         bootstrap=asked.settings.bootstrap,
         announce=asked.settings.announce,
-        on_event=lambda event: _report(output, event),
+        on_event=told,
     )
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    make_home(asked.settings.home)
+    with (
+        FileLock(asked.settings.home / LOCK, f"{asked.settings.home} as a seed"),
+        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+    ):
         async with open_node(asked.settings, options) as node:
+            await _answer_locally(output, Daemon(node, asked.settings, statistics))
             if asked.compute is not None:
                 node.start_service(
                     "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
@@ -107,6 +124,19 @@ async def _run(output: Output, asked: _Seed) -> None:
                 signal.signal(received, signal.SIG_DFL)
                 break
     output.event("stopped")
+
+
+async def _answer_locally(output: Output, daemon: Daemon) -> None:
+    """Answer this machine's user on the home's socket, for as long as the node runs."""
+    from omnistore.http.local import MAX_PATH, local_app, socket_path
+    from omnistore.http.server import open_unix, serve_http
+
+    path = socket_path(daemon.settings.home)
+    if len(os.fsencode(path)) > MAX_PATH:
+        output.note(f"{path} is too long a name for a socket: `omni status` will not find this seed")
+        return
+    listener = await open_unix(path)
+    await daemon.node.nursery.start(serve_http, local_app(daemon), [listener])
 
 
 def _report(output: Output, event: NodeEvent) -> None:

@@ -1,0 +1,62 @@
+"""`omni status`: what the seed of this home is doing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import trio
+
+from omnistore.cli.home import config
+from omnistore.cli.output import Output, size, with_output
+from omnistore.http.client import ask_seed
+
+
+@click.command()
+@with_output
+def status(output: Output) -> None:
+    """Show what the seed that runs on this home does: peers, traffic, pins. Exit code 9 when none runs."""
+    document = trio.run(ask_seed, config().home, "/v1/status")
+    output.result(document)
+    for name, text in _lines(document):
+        output.line(f"{name:<10} {text}")
+
+
+def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+    rates = " ".join(
+        f"{name} at most {size(told[key])}/s,"
+        for name, key in (("up", "up_limit"), ("down", "down_limit"))
+        if told[key]
+    )
+    lines = [
+        ("peer", told["peer_id"]),
+        *(("listening", addr) for addr in told["addrs"]),
+        ("running", f"for {_duration(told['uptime_seconds'])} as process {told['pid']}"),
+        ("peers", f"{told['peers_connected']} connected, {told['streams']} transfers open"),
+        ("sent", f"{size(told['bytes_sent'])}, received {size(told['bytes_received'])}"),
+        ("holds", f"{told['models']} models, {size(told['bytes_held'])}"),
+        (
+            "announced",
+            f"{told['announcements']['stored']} times, {told['announcements']['unconfirmed']} in vain",
+        ),
+        (
+            "pins",
+            f"{told['pins_running']} running, {told['pins']['done']} done, {told['pins']['failed']} failed",
+        ),
+    ]
+    if rates:
+        lines.append(("limits", rates.rstrip(",")))
+    if told["disk_cap"] is not None:
+        lines.append(("disk cap", size(told["disk_cap"])))
+    if told["blocks_failed"]:
+        lines.append(("trouble", f"{told['blocks_failed']} blocks could not be read: see `omni verify`"))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours, days = int(seconds) // 60, int(seconds) // 3600, int(seconds) // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,168 @@
+"""The API that a running seed offers to this machine's user, over a Unix socket in the home.
+
+`GET /v1/status`, `/v1/peers`, `/v1/models`, `/metrics`; `POST /v1/pin` fetches a model and answers with
+its events as JSON Lines, and stops when whoever asked goes away. Only the owner of the home can open the
+socket; there is no other access control. Specified in spec/service/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import trio
+
+from omnistore import errors
+from omnistore.errors import InputError, OmniError
+from omnistore.http.daemon import Daemon
+from omnistore.http.message import App, Request, Response, json_response
+from omnistore.http.metrics import CONTENT_TYPE, render
+from omnistore.pinning import Document, PinRequest, request_untrusted, run_pin
+
+_log = logging.getLogger(__name__)
+
+SOCKET: Final = "api.sock"
+"""In the home."""
+LOCK: Final = "seed.lock"
+"""In the home; held by the one seed that runs there."""
+MAX_PATH: Final = 103
+"""Bytes of a socket's name that every system takes."""
+JSON_LINES: Final = "application/jsonl"
+KEEP_ALIVE: Final = 1.0
+"""Seconds without an event after which an empty line is sent: a client that left shows itself so."""
+_METHODS: Final = MappingProxyType(
+    {
+        "/v1/status": "GET",
+        "/v1/peers": "GET",
+        "/v1/models": "GET",
+        "/metrics": "GET",
+        "/v1/pin": "POST",
+    }
+)
+
+
+def socket_path(home: Path) -> Path:
+    """Where a seed of this home answers."""
+    return home / SOCKET
+
+
+def local_app(daemon: Daemon) -> App:
+    """The site of the socket."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await _answer(daemon, request)
+        except OmniError as error:
+            return json_response(error_document(error), error.http_status)
+
+    return answer
+
+
+async def _answer(daemon: Daemon, request: Request) -> Response:
+    allowed = _METHODS.get(request.path)
+    if allowed is None:
+        return json_response({"error": f"nothing is at {request.path[:200]}"}, 404)
+    if request.method != allowed and (request.method, allowed) != ("HEAD", "GET"):
+        return json_response({"error": f"{request.path} takes {allowed}"}, 405, (("Allow", allowed),))
+    match request.path:
+        case "/v1/status":
+            return json_response(await daemon.status())
+        case "/v1/peers":
+            return json_response(daemon.peers())
+        case "/v1/models":
+            return json_response(await daemon.models())
+        case "/metrics":
+            return await metrics_response(daemon)
+    try:
+        document = json.loads(request.body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON: {error}") from None
+    return Response(200, PinEvents(daemon, request_untrusted(document)), JSON_LINES)
+
+
+async def metrics_response(daemon: Daemon) -> Response:
+    """What Prometheus scrapes."""
+    return Response(200, render(await daemon.metrics()).encode(), CONTENT_TYPE)
+
+
+class PinEvents:
+    """The events of one pin as lines; it begins when the first is asked for, and ends with `aclose`."""
+
+    def __init__(self, daemon: Daemon, request: PinRequest) -> None:
+        self._daemon = daemon
+        self._request = request
+        # Without bound: five events a second, and a client that does not read is gone within a minute.
+        self._send, self._receive = trio.open_memory_channel[Document](math.inf)
+        self._scope = trio.CancelScope()
+        self._begun = False
+
+    def __aiter__(self) -> PinEvents:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._begun:
+            self._begun = True
+            self._daemon.node.nursery.start_soon(self._run)
+        event: Document | None = None
+        try:
+            with trio.move_on_after(KEEP_ALIVE):
+                event = await self._receive.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        return b"\n" if event is None else json.dumps(event).encode() + b"\n"
+
+    async def aclose(self) -> None:
+        """End the pin, if it still runs."""
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        counted, outcome = self._daemon.statistics, "cancelled"
+        counted.pins_running += 1
+        try:
+            with self._scope, self._send:
+                outcome = await self._pin()
+        finally:
+            counted.pins_running -= 1
+            counted.pins[outcome] += 1
+
+    async def _pin(self) -> str:
+        try:
+            for addr in self._request.bootstrap:
+                await self._daemon.node.network.connect(addr)
+            await run_pin(self._daemon.site, self._request, self._tell)
+        except OmniError as error:
+            self._send.send_nowait(error_document(error))
+            return "failed"
+        except Exception as error:  # noqa: BLE001  # a bug in one pin costs that pin, not the seed
+            _log.exception("a pin of %s failed", self._request.cid)
+            self._send.send_nowait({"event": "error", "error": type(error).__name__, "message": str(error)})
+            return "failed"
+        return "done"
+
+    def _tell(self, event: Document) -> None:
+        if event["event"] == "done":
+            self._daemon.statistics.bytes_pinned += event["bytes_fetched"]
+        self._send.send_nowait(event)
+
+
+def error_document(error: OmniError) -> Document:
+    """An error for another process, as the command line prints it with `--json`."""
+    return {
+        "event": "error",
+        "error": type(error).__name__,
+        "message": error.message,
+        "remedy": error.remedy,
+    }
+
+
+def error_untrusted(document: Document) -> OmniError:
+    """The error in a document; an `OmniError` when its class is not one of ours."""
+    kind = getattr(errors, str(document.get("error")), None)
+    if not (isinstance(kind, type) and issubclass(kind, OmniError)):
+        kind = OmniError
+    remedy = document.get("remedy")
+    return kind(str(document.get("message")), remedy=remedy if isinstance(remedy, str) else None)

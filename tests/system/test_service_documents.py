@@ -1,0 +1,63 @@
+"""spec/service/README.md against what a seed really answers, and the unit files against their readers."""
+
+from __future__ import annotations
+
+import configparser
+import plistlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from omnistore.http.client import running_seed
+from omnistore.http.metrics import Metric, render
+
+if TYPE_CHECKING:
+    from tests.system.conftest import StartSeed
+
+TEXT = (Path(__file__).parents[2] / "spec" / "service" / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_the_systemd_unit_starts_a_seed() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]  # systemd's names have capitals
+    unit.read_string(block("ini"))
+    assert unit["Service"]["ExecStart"].split()[1:] == ["seed", "--quiet"]
+    assert unit["Service"]["RestartPreventExitStatus"] == "2 7"
+    assert unit["Service"]["Environment"].split("=")[1] == unit["Service"]["ReadWritePaths"]
+
+
+def test_the_launchd_agent_starts_a_seed() -> None:
+    agent = plistlib.loads(block("xml").encode())
+    assert agent["ProgramArguments"][1:] == ["seed", "--quiet"]
+    assert agent["Umask"] == 0o077
+
+
+def test_labels_are_escaped() -> None:
+    text = render([Metric("x_total", "counter", "X.", label="of", by_label={'a"\\\n': 2})])
+    assert text.splitlines()[2] == 'x_total{of="a\\"\\\\\\n"} 2'
+
+
+def test_every_metric_and_every_field_is_documented(start_seed: StartSeed, home: Path) -> None:
+    start_seed(home).event("ready")
+
+    async def ask() -> tuple[str, dict[str, object]]:
+        seed = await running_seed(home)
+        assert seed is not None
+        return await seed.text("/metrics"), await seed.get("/v1/status")
+
+    text, status = trio.run(ask)
+    for line in text.splitlines():
+        if line.startswith("# TYPE"):
+            assert f"`{line.split()[2]}" in TEXT, line
+    for name in status:
+        assert f"`{name}`" in TEXT, name
+    documented = set(re.findall(r"omni_[a-z_]+", TEXT))
+    assert documented <= set(re.findall(r"omni_[a-z_]+", text))
