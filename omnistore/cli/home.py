@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from omnistore.config import Config, settings
+from omnistore.membership import membership
 from omnistore.settings import check_untrusted
 from omnistore.store.files import FileStore
 
@@ -19,11 +20,15 @@ from omnistore.store.files import FileStore
 def config(**given: Any) -> Config:
     """The configuration that `$OMNI_HOME` selects, overridden by what the command line gave.
 
-    Options are settings by name, as text or lists of texts; None and empty lists were not given.
+    Options are settings by name, as text or lists of texts; None and empty lists were not given. In a
+    private swarm, its members are bootstrap nodes too.
     """
     found = Config.from_environment(os.environ)
+    member = membership(found.home)
     known = settings()
     values: dict[str, Any] = {}
+    if member is not None:
+        values["bootstrap"] = tuple(dict.fromkeys([*member.bootstrap, *found.bootstrap]))
     for name, value in given.items():
         if value is not None and value != ():
             values[name] = check_untrusted(f"--{name.replace('_', '-')}", known[name], value)
@@ -50,3 +55,14 @@ def with_caps(command: Callable[..., None]) -> Callable[..., None]:
         command(*args, caps={"up_limit": up_limit, "down_limit": down_limit}, **kwargs)
 
     return capped
+
+
+def with_mdns(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--no-mdns` to the settings that `with_caps` passes as `caps`."""
+
+    @click.option("--no-mdns", is_flag=True, help="Look for nobody on the local network, nor be found there.")
+    @functools.wraps(command)
+    def found(*args: Any, no_mdns: bool, caps: Mapping[str, Any], **kwargs: Any) -> None:
+        command(*args, caps={**caps, "mdns": False if no_mdns else None}, **kwargs)
+
+    return found

@@ -42,6 +42,10 @@ _OWN: Final = MappingProxyType(
         "gc": "Free what no pin keeps.",
         "du": "Show where the bytes are.",
         "id": "Show this node's peer ID.",
+        "trust": "Know publishers by name: add, ls, rm.",
+        "invite": "Print a token that lets a home into your private swarm.",
+        "join": "Enter the private swarm that a token invites to.",
+        "leave": "Go back from a private swarm to the public network.",
         "config": "Show every setting, its value and what it may be.",
     }
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from omnistore.cli.home import home_store
+from omnistore.cli.home import config, home_store
 from omnistore.cli.output import Output, size, with_output
 from omnistore.store.interface import ModelStatus
+from omnistore.trust import TrustStore
 
 
 @click.command()
@@ -23,7 +24,7 @@ def show(output: Output, model: str) -> None:
         ("name", manifest.name),
         ("cid", status.model.cid),
         ("manifest", status.model.manifest_cid),
-        ("publisher", publisher.peer_id if publisher else "unknown (no signature here)"),
+        ("publisher", TrustStore(config().home).describe(publisher)),
         ("model", f"{manifest.architecture}, {manifest.quantisation}, {manifest.layers} layers"),
         *manifest.facts.items(),
         ("held", f"{size(status.bytes_held)} of {size(manifest.size)}"),

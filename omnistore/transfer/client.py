@@ -32,6 +32,7 @@ from omnistore.errors import (
     OmniError,
     PeerUnreachable,
     StoreError,
+    UnknownSigner,
 )
 from omnistore.keys import PublicKey
 from omnistore.manifest import (
@@ -93,6 +94,8 @@ class FetchOptions:
     """URLs of web servers that have the model's files; they can not tell what the model is."""
     gateways: Sequence[str] = ()
     """URLs of IPFS trustless gateways."""
+    signer: str | None = None
+    """Peer ID of the one publisher whose signature is accepted; None for whoever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ class _Fetch:
         """Fetch everything; the report."""
         started = trio.current_time()
         manifest, manifest_cid, publisher = await self._manifest()
+        _check_signer(self.cid, publisher, self.options.signer)
         if manifest_cid not in self.names:
             self.names.append(manifest_cid)
         chosen = set(self.options.select(manifest))
@@ -375,6 +379,16 @@ class _Fetch:
     async def _thread(self, work: Callable[[], _T]) -> _T:
         result: _T = await trio.to_thread.run_sync(work, limiter=self.threads)
         return result
+
+
+def _check_signer(cid: CID, publisher: PublicKey | None, signer: str | None) -> None:
+    """Refuse what another publisher signed, or nobody. Raises `UnknownSigner`."""
+    found = None if publisher is None else publisher.peer_id
+    if signer is not None and found != signer:
+        raise UnknownSigner(
+            f"{cid} is signed by {found or 'nobody'}, not by {signer}",
+            remedy="Ask the publisher for the right CID, or do without --signer.",
+        )
 
 
 def _want(ref: CID, part: Part, lacking: Collection[CID]) -> WantsAdded:
