@@ -20,9 +20,12 @@ import trio
 
 from omnistore.cid import CID
 from omnistore.config import Config, load_key
+from omnistore.dht.names import NAMESPACE, NameRules
 from omnistore.dht.service import DHTService
 from omnistore.errors import BadConfig, PeerUnreachable
 from omnistore.keys import PrivateKey
+from omnistore.membership import membership
+from omnistore.naming import NameBook, Publication, Published
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.net.metering import MeteredNetwork
 from omnistore.store.files import FileStore
@@ -64,7 +67,7 @@ class Joined:
     error: PeerUnreachable | None = None
 
 
-NodeEvent: TypeAlias = Announced | Joined | ServeEvent
+NodeEvent: TypeAlias = Announced | Joined | Published | ServeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,13 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
     for addr in options.bootstrap:
         parse_dialable_untrusted(addr)
     key = load_key(config.home)
+    swarm = membership(config.home)
+    network_options = NetworkOptions(announce=tuple(options.announce), psk=swarm.psk if swarm else None)
     store = await trio.to_thread.run_sync(FileStore, config)
     try:
         async with (
-            open_network(key, options.listen, NetworkOptions(announce=tuple(options.announce))) as network,
-            open_kademlia(network, server=options.server) as kademlia,
+            open_network(key, options.listen, network_options) as network,
+            open_kademlia(network, server=options.server, namespaces={NAMESPACE: NameRules()}) as kademlia,
             trio.open_nursery() as nursery,
         ):
             routing = DHTService(
@@ -173,6 +178,9 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             if options.server:
                 nursery.start_soon(routing.run)
                 nursery.start_soon(node.watch)
+                publication = Publication(routing, NameBook(config.home), key, options.on_event)
+                kademlia.on_peer(publication.hurry)
+                nursery.start_soon(publication.run)
             await _join_all(node, kademlia)
             yield node
             nursery.cancel_scope.cancel()
