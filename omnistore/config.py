@@ -188,13 +188,14 @@ def load_key(home: Path) -> PrivateKey:
 
 def _read_key(path: Path) -> PrivateKey:
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            data = file.read(_KEY_SIZE + 1)
+        with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123  # Path.open takes no opener
+            status = os.fstat(file.fileno())
+            data = file.read(_KEY_SIZE + 1) if stat.S_ISREG(status.st_mode) else b""
     except FileNotFoundError:
         raise
     except OSError as error:
         raise BadConfig(f"{path} can not be read: {error.strerror}") from None
+    mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise BadConfig(
             f"{path} can be read or written by others (mode {mode:04o})",
@@ -209,6 +210,11 @@ def _read_key(path: Path) -> PrivateKey:
             remedy="Restore it from a backup, or delete it for a new identity.",
         )
     return key
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end, should the file be a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _encode(key: PrivateKey) -> bytes:

@@ -126,6 +126,10 @@ class _Dialogue:
     def say(self, text: str) -> None:
         self._turns.append({"role": "user", "content": text})
 
+    def withdraw(self) -> None:
+        """Forget what was said last: it can not be answered."""
+        self._turns.pop()
+
     def answered(self, text: str) -> None:
         self._turns.append({"role": "assistant", "content": text})
 
@@ -149,8 +153,16 @@ async def _chat(output: Output, asked: Asked, system: str | None) -> None:
             await coordinator.ready()
             async for line in _lines():
                 dialogue.say(line)
-                answer = await _turn(output, opened, coordinator, dialogue)
-                dialogue.answered(answer.text)
+                try:
+                    answer = await _turn(output, opened, coordinator, dialogue)
+                except InputError as error:
+                    # A person types another line; a program that sent a bad one wants to know.
+                    if not sys.stdin.isatty():
+                        raise
+                    dialogue.withdraw()
+                    output.note(error.diagnosis())
+                else:
+                    dialogue.answered(answer.text)
 
 
 async def _turn(

@@ -92,3 +92,9 @@ def test_a_home_that_can_not_be_made(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(BadConfig, match="can not be created"):
         load_key(tmp_path / "home")
+
+
+def test_an_identity_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "identity.key", 0o600)
+    with pytest.raises(BadConfig, match="not an Ed25519 private key"):
+        load_key(tmp_path)
