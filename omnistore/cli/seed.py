@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from omnistore.config import Config
     from omnistore.http.daemon import Daemon
     from omnistore.node import NodeEvent
+    from omnistore.store.sweep import Swept
 
 DEFAULT_PORT: Final = 4141
 """TCP; unassigned by IANA, and none of the ports other IPFS programs use."""
@@ -109,7 +111,9 @@ async def _run(output: Output, asked: _Seed) -> None:
         trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
     ):
         async with open_node(asked.settings, options) as node:
-            await _answer_locally(output, Daemon(node, asked.settings, statistics))
+            daemon = Daemon(node, asked.settings, statistics)
+            await _answer_locally(output, daemon)
+            node.nursery.start_soon(daemon.keep_under_cap, partial(_tell_evicted, output))
             if asked.compute is not None:
                 node.start_service(
                     "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
@@ -137,6 +141,11 @@ async def _answer_locally(output: Output, daemon: Daemon) -> None:
         return
     listener = await open_unix(path)
     await daemon.node.nursery.start(serve_http, local_app(daemon), [listener])
+
+
+def _tell_evicted(output: Output, swept: Swept) -> None:
+    output.event("evicted", models=list(swept.models), bytes=swept.bytes)
+    output.note(f"freed {size(swept.bytes)} to stay under the disk cap: {', '.join(swept.models)}")
 
 
 def _report(output: Output, event: NodeEvent) -> None:

@@ -5,24 +5,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 from omnistore.config import Config
+from omnistore.errors import StoreError
 from omnistore.http.metrics import Metric
 from omnistore.net.metering import MeteredNetwork
 from omnistore.node import Announced, Node, NodeEvent
 from omnistore.pinning import Document, Site
+from omnistore.store.eviction import evict
 from omnistore.store.interface import ModelStatus
+from omnistore.store.sweep import Swept
 from omnistore.transfer.server import Served, Unavailable
+
+_log = logging.getLogger(__name__)
+
+CAP_EVERY: Final = 10.0
+"""Seconds between two looks at the disk cap; a look takes a millisecond for a hundred models."""
 
 
 @dataclass(slots=True)
@@ -42,6 +52,9 @@ class Statistics:
     pins_running: int = 0
     bytes_pinned: int = 0
     """Fetched for pins that are done."""
+    models_evicted: int = 0
+    bytes_evicted: int = 0
+    """Freed to stay under the disk cap."""
 
     def count(self, event: NodeEvent) -> None:
         """One event of the node."""
@@ -74,6 +87,21 @@ class Daemon:
     def site(self) -> Site:
         """Where its pins run."""
         return Site(self.meter, self.node.routing, self.node.store, self.settings.window, self.node.download)
+
+    async def keep_under_cap(self, tell: Callable[[Swept], None]) -> None:
+        """Evict whenever models take more than the cap, if there is one."""
+        cap, store = self.settings.disk_cap, self.node.store
+        while cap is not None:
+            try:
+                rounds = await trio.to_thread.run_sync(partial(evict, store, cap, now=time.time()))
+            except StoreError as error:
+                _log.warning("can not keep under the disk cap: %s", error.diagnosis())
+                rounds = []
+            for swept in rounds:
+                self.statistics.models_evicted += len(swept.models)
+                self.statistics.bytes_evicted += swept.bytes
+                tell(swept)
+            await trio.sleep(CAP_EVERY)
 
     async def status(self) -> Document:
         """The seed in a few numbers."""
@@ -160,6 +188,10 @@ class Daemon:
             counter("omni_pinned_bytes_total", "Bytes fetched by pins that are done.", counted.bytes_pinned),
             gauge("omni_models", "Models known here, whole or in part.", len(models)),
             gauge("omni_store_bytes", "Bytes of models held.", sum(one.bytes_held for one in models)),
+            counter("omni_evicted_models_total", "Models evicted to stay under the disk cap.",
+                    counted.models_evicted),
+            counter("omni_evicted_bytes_total", "Bytes freed to stay under the disk cap.",
+                    counted.bytes_evicted),
             gauge("omni_disk_free_bytes", "Bytes free on the disk of the home.", free),
         ]  # fmt: skip
 

@@ -14,13 +14,14 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from omnistore.block import Block
 from omnistore.chunker.layout import Placement
 from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.config import Config, make_home
-from omnistore.errors import BlockMissing, DigestMismatch, LocalProtocolError, SourceChanged
+from omnistore.errors import BlockMissing, DigestMismatch, LocalProtocolError, SourceChanged, StoreError
 from omnistore.manifest import PartKey
 from omnistore.store.assembly import FileAssembly
 from omnistore.store.database import Database
@@ -43,6 +44,8 @@ class FileStore:
         self.index = Index(self.database)
         self._reported: set[int] = set()
         """Files that a warning was logged for."""
+        self._used: dict[int, float] = {}
+        """When files were last read from, in seconds since 1970, as far as the index does not know it."""
         self._lock = threading.Lock()
         self._recover()
 
@@ -73,7 +76,9 @@ class FileStore:
         fault: SourceChanged | DigestMismatch | None = None
         for location in self.index.locations(cid.digest):
             try:
-                return read_location(location, cid)
+                block = read_location(location, cid)
+                self._used[location.file.id] = time.time()
+                return block
             except (SourceChanged, DigestMismatch) as error:
                 self._distrust(location, cid, error)
                 fault = fault or error
@@ -119,6 +124,7 @@ class FileStore:
         assert row is not None
         with self.index.writing() as writer:
             writer.pin(row.id, status.pinned if parts is None else parts, False)
+            writer.set_used_model(row.id, time.time())
 
     def announced(self) -> Collection[CID]:
         self._look_at_files()
@@ -134,7 +140,10 @@ class FileStore:
         try:
             with self.index.writing() as writer:
                 row = self.register(writer, model, parts)
-            return FileAssembly(self, lock, model, row, placements, parts)
+            assembly = FileAssembly(self, lock, model, row, placements, parts)
+            with self.index.writing(power_safe=False) as writer:
+                writer.set_used_model(row, time.time())
+            return assembly
         except BaseException:
             lock.release()
             raise
@@ -155,7 +164,17 @@ class FileStore:
         """A number that changes when this or another process changed the index; for one caller at a time."""
         return self.database.version()
 
+    def note_uses(self) -> None:
+        """Have the index know what was read since it was last told, for eviction."""
+        used, self._used = self._used, {}
+        if used:
+            with self.index.writing(power_safe=False) as writer:
+                writer.set_used(used)
+
     def close(self) -> None:
+        # Which model goes first is not worth failing for.
+        with suppress(StoreError):
+            self.note_uses()
         self.database.close()
 
     def _read_node(self, cid: CID) -> Block:

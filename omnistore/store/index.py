@@ -218,6 +218,16 @@ class Index:
         with self._database.reading() as db:
             return [(row[-1], _file(row)) for row in db.execute(query, values)]
 
+    def evictable(self) -> list[int]:
+        """Models that nothing pins and that have files of ours, the least recently used first."""
+        query = (
+            "SELECT m.id FROM models m JOIN model_files o ON o.model = m.id JOIN files f ON f.id = o.file"
+            " WHERE f.owned = 1 AND m.id NOT IN (SELECT model FROM parts WHERE pinned = 1)"
+            " GROUP BY m.id ORDER BY MAX(f.used), m.id"
+        )
+        with self._database.reading() as db:
+            return [model for (model,) in db.execute(query)]
+
     def contents(self, file: int) -> list[tuple[int, int, bytes]]:
         """(offset, length, digest) of every block that lies in a file, in file order."""
         query = "SELECT offset, length, digest FROM locations WHERE file = ? ORDER BY offset"
@@ -334,6 +344,20 @@ class Writer:
     def set_synced(self, file: int) -> None:
         """Note that everything the index says of a file is on the disk."""
         self._db.execute("UPDATE files SET unsynced = NULL WHERE id = ?", (file,))
+
+    def set_used(self, files: Mapping[int, float]) -> None:
+        """Note when files were last used, in seconds since 1970."""
+        self._db.executemany(
+            "UPDATE files SET used = MAX(used, ?) WHERE id = ?",
+            ((int(now), file) for file, now in files.items()),
+        )
+
+    def set_used_model(self, model: int, now: float) -> None:
+        """Note that a model's files are used now."""
+        self._db.execute(
+            "UPDATE files SET used = MAX(used, ?) WHERE id IN (SELECT file FROM model_files WHERE model = ?)",
+            (int(now), model),
+        )
 
     def set_partial(self, file: int, partial: bool) -> None:
         self._db.execute("UPDATE files SET partial = ? WHERE id = ?", (partial, file))

@@ -11,7 +11,7 @@ from typing import Final
 
 from omnistore.errors import StoreError
 
-VERSION: Final = 1
+VERSION: Final = 2
 """`PRAGMA user_version` of an index that has every migration below."""
 
 _FIRST: Final = (
@@ -79,6 +79,8 @@ _FIRST: Final = (
     ) WITHOUT ROWID""",
     "CREATE INDEX models_of_file ON model_files (file)",
 )
+# When blocks of a file were last read or written, in seconds since 1970: what eviction goes by.
+_SECOND: Final = ("ALTER TABLE files ADD COLUMN used INTEGER NOT NULL DEFAULT 0",)
 
 
 def prepare(connection: sqlite3.Connection, path: str) -> None:
@@ -105,6 +107,11 @@ def _migrate(connection: sqlite3.Connection) -> None:
     @migrations(name="0001_first")  # type: ignore[untyped-decorator]  # sqlite_utils ships no types we read
     def first(database: Database) -> None:
         for statement in _FIRST:
+            database.execute(statement)
+
+    @migrations(name="0002_last_use")  # type: ignore[untyped-decorator]  # as above
+    def second(database: Database) -> None:
+        for statement in _SECOND:
             database.execute(statement)
 
     migrations.apply(Database(connection))

@@ -8,7 +8,7 @@ copy of a block that a pin reaches stays, whichever model's file it lies in.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +55,16 @@ class Swept:
     """The user's files that are no longer referenced, and were not touched."""
 
 
-def sweep(store: FileStore, *, now: float, dry_run: bool = False) -> Swept:
-    """Free what no pin keeps; `now` in seconds since 1970. With `dry_run` nothing changes."""
+def sweep(
+    store: FileStore, *, now: float, dry_run: bool = False, only: Collection[int] | None = None
+) -> Swept:
+    """Free what no pin keeps; `now` in seconds since 1970. With `dry_run` nothing changes.
+
+    With `only`, of the models without pins just these rows go.
+    """
     with ExitStack() as stack:
         busy = _lock_unpinned(store, stack)
-        models, nodes, garbage = _sweep_index(store, busy, now - store.config.node_grace, dry_run)
+        models, nodes, garbage = _sweep_index(store, busy, only, now - store.config.node_grace, dry_run)
         doomed = [path for path, owned in garbage if owned]
         found = [path for base in doomed for path in (base, part_path(base)) if path.exists()]
         freed = _free(found, dry_run)
@@ -85,7 +90,7 @@ def _lock_unpinned(store: FileStore, stack: ExitStack) -> set[bytes]:
 
 
 def _sweep_index(
-    store: FileStore, busy: Iterable[bytes], before: float, dry_run: bool
+    store: FileStore, busy: Iterable[bytes], only: Collection[int] | None, before: float, dry_run: bool
 ) -> tuple[tuple[str, ...], int, list[tuple[Path, bool]]]:
     with _transaction(store, dry_run) as db:
         for statement in _MARK:
@@ -97,6 +102,8 @@ def _sweep_index(
             f" AND manifest NOT IN ({','.join('?' * len(kept))})",
             kept,
         ).fetchall()
+        if only is not None:
+            unpinned = [row for row in unpinned if row[0] in only]
         for model, _, cid, manifest in unpinned:
             # The grace is for nodes on their way to a model; these have had theirs.
             digests = (

@@ -182,3 +182,13 @@ def test_some_layers_through_the_seed(
     done = omni("pin", source[0], "--peer", source[1].addr, "--layers", "1")
     assert done.returncode == 0, done.stderr
     assert json.loads(omni("ls", "--json").stdout)[0]["whole"] is False
+
+
+def test_a_seed_stays_under_the_disk_cap(start_seed: StartSeed, omni: Run, home: Path, gguf: Path) -> None:
+    omni("add", gguf, "--copy", "--name", "taken-in")
+    omni("unpin", "taken-in")
+    (home / "config.toml").write_text('disk_cap = "0"\n')
+    seed = start_seed(home)
+    assert seed.event("evicted")["models"] == ["taken-in"]
+    assert gguf.exists()
+    assert json.loads(omni("ls", "--json").stdout) == []
