@@ -2,14 +2,13 @@
 
 `open_node` starts what a node is made of and stops it in reverse, however the block ends. A seed
 (`NodeOptions.server`) keeps DHT records for others, announces what its store holds, notices what
-other processes add to the same home, and stays connected to its bootstrap peers. A client does
-none of that, and is ready when one bootstrap peer answered. Decides nothing itself.
+other processes add to the same home. A client does none of that, and is ready when one peer
+answered that it joins through. Decides nothing itself.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ from omnistore.cid import CID
 from omnistore.config import Config, load_key
 from omnistore.dht.names import NAMESPACE, NameRules
 from omnistore.dht.service import DHTService
-from omnistore.errors import BadConfig, PeerUnreachable
+from omnistore.errors import BadConfig
+from omnistore.joining import Joined, Ways, open_joining
 from omnistore.keys import PrivateKey
 from omnistore.membership import membership
 from omnistore.naming import NameBook, Publication, Published
@@ -34,7 +34,6 @@ from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
 
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
-    from omnistore.net.kademlia import KademliaNode
     from omnistore.net.libp2p import Libp2pNetwork
 
 logger = logging.getLogger(__name__)
@@ -43,11 +42,6 @@ SERVICES: Final = "omni.services"
 """Entry point group of what other packages run inside a node, such as `compute`."""
 WATCH_EVERY: Final = 1.0
 """Seconds between looks at the index for what other processes did; a look takes microseconds."""
-LOOK_EVERY: Final = 5.0
-"""Seconds between looks whether a bootstrap peer is still connected."""
-REJOIN_FIRST: Final = 1.0
-REJOIN_MOST: Final = 60.0
-"""Seconds between two tries to reach a bootstrap peer: doubling from the first to the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +51,6 @@ class Announced:
     cid: CID
     copies: int
     """Peers confirmed to have the record."""
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A bootstrap peer was reached, or could not be."""
-
-    addr: str
-    error: PeerUnreachable | None = None
 
 
 NodeEvent: TypeAlias = Announced | Joined | Published | ServeEvent
@@ -82,8 +68,12 @@ class NodeOptions:
     """Multiaddrs ending in `/p2p/…` of nodes to join the DHT through."""
     announce: Sequence[str] = ()
     """Multiaddrs to hand out first, as seen from outside."""
+    lan: bool = False
+    """Look for other nodes on the local network; a seed is found there too."""
+    recall: bool = False
+    """Join through peers met before, too."""
     alone_ok: bool = False
-    """For a client: go on when no bootstrap peer answers."""
+    """For a client: go on when nobody answers that it could join through."""
     on_event: Callable[[NodeEvent], None] = lambda event: None
 
 
@@ -142,7 +132,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
     """Run a node of this home until the block ends.
 
     Raises `BadConfig` for addresses, `StoreError` for the home, and, for a client, `PeerUnreachable`
-    when no bootstrap peer answers.
+    when nobody answers that it could join through.
     """
     from omnistore.net.kademlia import open_kademlia
     from omnistore.net.libp2p import NetworkOptions, open_network
@@ -181,11 +171,24 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
                 publication = Publication(routing, NameBook(config.home), key, options.on_event)
                 kademlia.on_peer(publication.hurry)
                 nursery.start_soon(publication.run)
-            await _join_all(node, kademlia)
-            yield node
+            ways = _ways(config, options)
+            async with open_joining(kademlia, ways, server=options.server, tell=options.on_event) as joining:
+                if not options.server and (ways.bootstrap or ways.lan or ways.recall):
+                    await joining.first(ways, alone_ok=options.alone_ok)
+                yield node
             nursery.cancel_scope.cancel()
     finally:
         store.close()
+
+
+def _ways(config: Config, options: NodeOptions) -> Ways:
+    return Ways(
+        bootstrap=options.bootstrap,
+        lan=options.lan,
+        listening=options.listen if options.server else None,
+        home=config.home,
+        recall=options.recall,
+    )
 
 
 async def _serve(node: Node, task_status: Any) -> None:
@@ -196,61 +199,3 @@ async def _serve(node: Node, task_status: Any) -> None:
         pacer=node.upload,
         task_status=task_status,
     )
-
-
-async def _join(node: Node, kademlia: KademliaNode, addr: str) -> None:
-    """Connect to a bootstrap peer and learn what it is."""
-    peer = await node.network.connect(addr)
-    if not await kademlia.meet(peer):
-        raise PeerUnreachable(
-            f"{addr} answers, but keeps no DHT records",
-            remedy="Bootstrap through a node that runs `omni seed`.",
-        )
-
-
-async def _stay_joined(node: Node, kademlia: KademliaNode, addr: str, tell: Callable[[Joined], None]) -> None:
-    """Reach a bootstrap peer, and again whenever the connection is lost; tell how each try ended."""
-    wait = REJOIN_FIRST
-    peer = addr.rpartition("/")[2]
-    if peer == node.peer_id:
-        tell(Joined(addr, PeerUnreachable(f"{addr} is the node of this home itself")))
-        return
-    while True:
-        if peer in node.network.peers():
-            await trio.sleep(LOOK_EVERY)
-            continue
-        try:
-            await _join(node, kademlia, addr)
-        except PeerUnreachable as error:
-            tell(Joined(addr, error))
-            await trio.sleep(wait)
-            wait = min(2 * wait, REJOIN_MOST)
-        else:
-            wait = REJOIN_FIRST
-            tell(Joined(addr))
-            if node.options.server:
-                await kademlia.refresh()
-
-
-async def _join_all(node: Node, kademlia: KademliaNode) -> None:
-    """Join through every bootstrap peer. A client waits for one of them; raises when none answers."""
-    addrs = set(node.options.bootstrap)
-    send, receive = trio.open_memory_channel[Joined](math.inf)
-
-    def tell(event: Joined) -> None:
-        node.options.on_event(event)
-        send.send_nowait(event)
-
-    for addr in addrs:
-        node.nursery.start_soon(_stay_joined, node, kademlia, addr, tell)
-    failures: dict[str, PeerUnreachable] = {}
-    while not node.options.server and len(failures) < len(addrs):
-        event = await receive.receive()
-        if event.error is None:
-            return
-        failures[event.addr] = event.error
-    if failures and not node.options.alone_ok:
-        raise PeerUnreachable(
-            "no bootstrap peer answers: " + "; ".join(failure.message for failure in failures.values()),
-            remedy="Check that it runs, and the address that `omni seed` printed there.",
-        )

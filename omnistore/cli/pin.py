@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import trio
 
 from omnistore.cid import CID
-from omnistore.cli.home import config, home_store, with_caps
+from omnistore.cli.home import config, home_store, with_caps, with_mdns
 from omnistore.cli.output import Output, Progress, size, with_output
 from omnistore.config import Config
 from omnistore.errors import InputError
 from omnistore.http.client import running_seed
+from omnistore.net.acquaintances import recall
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
 from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_pin
@@ -27,6 +30,7 @@ from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="Find peers through this node's DHT.")
 @click.option("--output", "to", type=click.Path(path_type=Path), help="Also put the file here.")
 @with_caps
+@with_mdns
 @with_output
 def pin(
     output: Output,
@@ -35,9 +39,12 @@ def pin(
     peers: tuple[str, ...],
     bootstrap: tuple[str, ...],
     to: Path | None,
-    caps: Mapping[str, str | None],
+    caps: Mapping[str, Any],
 ) -> None:
-    """Fetch the model CID, verify every block, keep it. Interrupted, it resumes where it was."""
+    """Fetch the model CID, verify every block, keep it. Interrupted, it resumes where it was.
+
+    Without --peer and --bootstrap it asks the nodes of the local network, and those met before.
+    """
     wanted = CID.parse_untrusted(cid)
     for addr in peers:
         parse_dialable_untrusted(addr)
@@ -56,7 +63,8 @@ def pin(
 
 
 def _check_sources(settings: Config, request: PinRequest) -> None:
-    if not (request.peers or settings.bootstrap):
+    told = request.peers or settings.bootstrap or settings.mdns
+    if not told and not recall(settings.home, time.time()):
         raise InputError(
             f"{request.cid} is not here, and there is nobody to ask for it",
             remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
@@ -71,9 +79,15 @@ async def _fetch(settings: Config, request: PinRequest, watched: Watched) -> Non
         return
     _check_sources(settings, request)
     # While it fetches, the node serves what it already holds.
-    joining = NodeOptions(bootstrap=settings.bootstrap, alone_ok=bool(request.peers))
+    untold = not (request.peers or settings.bootstrap)
+    joining = NodeOptions(
+        bootstrap=settings.bootstrap,
+        lan=untold and settings.mdns,
+        recall=untold,
+        alone_ok=bool(request.peers),
+    )
     async with open_node(settings, joining) as node:
-        routing = node.routing if settings.bootstrap else None
+        routing = node.routing if settings.bootstrap or untold else None
         site = Site(node.network, routing, node.store, settings.window, node.download)
         await run_pin(site, request, watched)
 

@@ -7,11 +7,11 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from omnistore.cli.home import config, with_caps
+from omnistore.cli.home import config, with_caps, with_mdns
 from omnistore.cli.output import Output, size, with_output
 from omnistore.config import make_home
 from omnistore.errors import BadConfig
@@ -50,6 +50,7 @@ class _Seed:
     "--allow", multiple=True, metavar="PEER|any", help="Who may use the compute; nobody by default."
 )
 @with_caps
+@with_mdns
 @with_output
 def seed(
     output: Output,
@@ -58,7 +59,7 @@ def seed(
     announce: tuple[str, ...],
     compute: float | None,
     allow: tuple[str, ...],
-    caps: Mapping[str, str | None],
+    caps: Mapping[str, Any],
 ) -> None:
     """Serve what this home holds, and what is added to it meanwhile, until interrupted.
 
@@ -103,6 +104,8 @@ async def _run(output: Output, asked: _Seed) -> None:
         listen=asked.settings.listen or default_listen(),
         bootstrap=asked.settings.bootstrap,
         announce=asked.settings.announce,
+        lan=asked.settings.mdns,
+        recall=True,
         on_event=told,
     )
     make_home(asked.settings.home)
@@ -150,7 +153,8 @@ def _tell_evicted(output: Output, swept: Swept) -> None:
 
 def _report(output: Output, event: NodeEvent) -> None:
     """One event, for a program or for a person."""
-    from omnistore.node import Announced, Joined
+    from omnistore.joining import Joined
+    from omnistore.node import Announced
     from omnistore.transfer.server import Served, Unavailable
 
     match event:

@@ -80,6 +80,12 @@ class KademliaNode:
         table = self.dht.routing_table
         return [self._provider(peer) for peer in table.find_local_closest_peers(key, 20)]
 
+    def servers(self) -> Sequence[Provider]:
+        """The DHT servers that we are connected to, with the addresses they gave."""
+        connected = set(self.network.peers())
+        table = self.dht.routing_table.get_peer_ids()
+        return [self._provider(peer) for peer in table if str(peer) in connected]
+
     def own_records(self, key: bytes) -> Sequence[Provider]:
         """The records that others (and we) left with this node."""
         infos = self.dht.provider_store.get_providers(key)

@@ -264,7 +264,7 @@ def test_a_pin_killed_at_any_moment_resumes_by_block(
 def test_what_goes_wrong_is_said(
     start_seed: StartSeed, published: Published, omni: Run, tmp_path: Path
 ) -> None:
-    alone = omni("pin", published.cid)
+    alone = omni("pin", published.cid, "--no-mdns")
     assert alone.returncode == 2
     assert "--peer" in alone.stderr
     assert "--bootstrap" in alone.stderr
