@@ -224,16 +224,35 @@ class OriginStream:
                 return
 
     async def _answer_queries(self) -> None:
+        """Say what is held: of each part at once if that is known, or when the headers are read."""
         while True:
-            while self._parts:
-                part = self._parts.pop(0)
-                bitmap = self._origin.bitmap(part)
-                if bitmap is None:
-                    with trio.move_on_after(PLACES_PATIENCE):
-                        await self._resolved.wait()
-                    bitmap = self._origin.bitmap(part)
-                self._say(Holds(part, bitmap))
-            await self._asked.wait()
+            self._parts = [part for part in self._parts if not self._tell(part)]
+            if not self._parts:
+                await self._asked.wait()
+                continue
+            with trio.move_on_after(PLACES_PATIENCE) as waiting:
+                await self._resolved_or_asked()
+            if waiting.cancelled_caught:
+                for part in self._parts:
+                    self._say(Holds(part, None))
+                self._parts = []
+
+    def _tell(self, part: CID) -> bool:
+        bitmap = self._origin.bitmap(part)
+        if bitmap is None and not self._resolved.is_set():
+            return False
+        self._say(Holds(part, bitmap))
+        return True
+
+    async def _resolved_or_asked(self) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def wait_for(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_for, self._resolved)
+            nursery.start_soon(wait_for, self._asked)
 
     def _say(self, message: Message) -> None:
         self._out.append(encode(message))

@@ -49,6 +49,10 @@ ASK_LATER: Final = 2.0
 """Seconds to leave a server alone that is overloaded and does not say for how long."""
 PROBE: Final = "bafkqaaa"
 """The CID of nothing at all, which every trustless gateway has."""
+SHORT: Final = 4 << 10
+"""Bytes of an error's text that are worth reading for the sake of a connection."""
+_LACKING: Final = frozenset({404, 410, 412, 451})
+"""What a gateway says of a CID that it does not have, or may not give."""
 _OVERLOADED: Final = frozenset({429, 503})
 _BROKEN: Final = frozenset({408, 425, 500, 502, 504})
 """Statuses that say nothing about the file: worth another try."""
@@ -214,6 +218,15 @@ class _Reading:
                 self.number += 1
 
 
+async def _drain(response: httpx.Response) -> None:
+    """Take in a short body, so that its connection can be used again."""
+    taken = 0
+    async for piece in response.aiter_raw():
+        taken += len(piece)
+        if taken > SHORT:
+            return
+
+
 @dataclass(slots=True, eq=False)
 class Gateway(_Web):
     """An IPFS trustless gateway."""
@@ -239,7 +252,8 @@ class Gateway(_Web):
         for ask, _ in job.asks:
             accept = {"Accept": "application/vnd.ipld.raw"}
             async with self.get(self._url_of(cids[ask]), accept) as response:
-                if response.status_code in (404, 410, 412, 451):
+                if response.status_code in _LACKING:
+                    await _drain(response)
                     stream.lack(ask)
                     continue
                 if response.status_code != 200:

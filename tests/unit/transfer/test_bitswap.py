@@ -253,7 +253,6 @@ def test_garbage_and_crowds_do_not_hurt_others(pb: Any, model: Model) -> None:
         for number in range(PEERS + 2):
             stream = await network.node(f"mute-{number}").open_stream(Provider("seed"), PROTOCOL)
             crowd.append(stream)
-            await stream.send_all(b"\x01")
         with pytest.raises(PeerUnreachable):
             await crowd[-1].receive_exactly(1)
         for stream in crowd:
