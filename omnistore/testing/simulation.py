@@ -296,7 +296,6 @@ class Simulation:
     def _work(self, peer: _Peer) -> None:
         while (job := peer.serving.next()) is not None:
             if isinstance(job, FindHeld):
-                peer.serving.was_found(job.stream)
                 self._answer_query(peer, job)
             else:
                 self._answer_asks(peer, job)
@@ -306,6 +305,7 @@ class Simulation:
         everything = peer.model.behaviour == "claims"
         mask = sum(1 << i for i, cid in enumerate(links) if everything or cid in peer.holds)
         bitmap = mask.to_bytes(-(-len(links) // 8), "little")
+        peer.serving.was_found(job.stream, job.part, bitmap)
         if peer.model.behaviour == "mute":
             return
         if peer.model.behaviour == "misfit":

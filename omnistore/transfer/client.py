@@ -77,6 +77,11 @@ def every_part(manifest: Manifest) -> frozenset[PartKey]:
     return frozenset(ref.key for ref in manifest.parts)
 
 
+def no_part(manifest: Manifest) -> frozenset[PartKey]:
+    """Select nothing."""
+    return frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
     """What to fetch, and from whom."""
@@ -88,6 +93,8 @@ class FetchOptions:
     output: Path | None = None
     """As `Assembly.finish` takes it."""
     limits: SessionLimits = LIMITS
+    urgent: Callable[[Manifest], Collection[PartKey]] = no_part
+    """Which of these parts are to come before all others."""
     download: TokenBucket | None = None
     """The node's cap on what is fetched, if it has one; all its fetches share it."""
     mirrors: Sequence[str] = ()
@@ -370,8 +377,10 @@ class _Fetch:
 
         tell()
         self.swarm.progressed = tell
+        urgent = frozenset(self.options.urgent(model.manifest))
         wants = [
-            _want(refs[key], model.parts[key], lacking) for key in sorted(wanted_parts, key=lambda k: k.rank)
+            _want(refs[key], model.parts[key], lacking, urgent=key in urgent)
+            for key in sorted(wanted_parts, key=lambda k: k.rank)
         ]
         await self.swarm.fetch(wants, assembly.write)
         tell()
@@ -391,11 +400,11 @@ def _check_signer(cid: CID, publisher: PublicKey | None, signer: str | None) -> 
         )
 
 
-def _want(ref: CID, part: Part, lacking: Collection[CID]) -> WantsAdded:
+def _want(ref: CID, part: Part, lacking: Collection[CID], *, urgent: bool = False) -> WantsAdded:
     """Want those blocks of `part` (whose node is `ref`) that are in `lacking`."""
     links = part.links()
     mask = sum(1 << index for index, (cid, _) in enumerate(links) if cid in lacking)
-    return WantsAdded(ref, tuple(Wanted(cid, size) for cid, size in links), mask)
+    return WantsAdded(ref, tuple(Wanted(cid, size) for cid, size in links), mask, urgent)
 
 
 def _read_held(store: Store, cids: Sequence[CID]) -> dict[CID, Block]:

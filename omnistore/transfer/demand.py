@@ -2,7 +2,8 @@
 
 A group is the blocks of one part, in the order of the part's links, so that a `holds` bitmap is a
 mask over it; or some nodes, of which nobody is asked beforehand. Masks are Python integers: "the
-first wanted block that this peer holds" is two operations whatever the size of the part. Pure.
+wanted blocks that this peer holds and nobody else" is two operations whatever the size of the part.
+How many hold a block is counted for whole groups at once, again only when something changed. Pure.
 """
 
 from __future__ import annotations
@@ -39,11 +40,37 @@ class Group:
     """Blocks wanted and not yet verified."""
     rarity: int = 0
     """Copies known among the joined peers, in thousandths of the group."""
+    levels: tuple[int, ...] = ()
+    """Masks of the blocks that one joined peer holds, that two hold, that three hold, and of all."""
+    stale: bool = True
+    """Whether somebody's holdings changed since the copies were counted."""
+    urgent: bool = False
+    """Wanted before everything that is not."""
 
     @property
     def all(self) -> int:
         """The mask of every block."""
         return (1 << len(self.blocks)) - 1
+
+    def count(self, everyone: Iterable[Holdings]) -> None:
+        """Count the copies of each block among `everyone`."""
+        one = two = three = four = copies = 0
+        for peer in everyone:
+            mask = peer.masks.get(self, 0)
+            four |= three & mask
+            three |= two & mask
+            two |= one & mask
+            one |= mask
+            copies += mask.bit_count()
+        self.rarity = copies * 1000 // len(self.blocks)
+        self.levels = (one & ~two, two & ~three, three & ~four, self.all)
+        self.stale = False
+
+    def first(self, mask: int) -> Wanted:
+        """A block of `mask`, from a place of this session's own on: members of a swarm start elsewhere."""
+        start = int(self.tie * len(self.blocks))
+        mask = mask >> start << start or mask
+        return self.blocks[(mask & -mask).bit_length() - 1]
 
     def mask_untrusted(self, bitmap: bytes | None) -> int | None:
         """A `holds` bitmap as a mask; None when its length or its last bits are wrong."""
@@ -71,6 +98,10 @@ class Holdings:
         """Take over an answer for one group."""
         self.masks[group] = mask & ~self.denied.get(group, 0)
 
+    def told(self, group: Group) -> int:
+        """What nothing new can be learned of: what it holds, and what it is not believed about."""
+        return self.masks.get(group, 0) | self.denied.get(group, 0)
+
     def holds(self, places: Places) -> bool:
         """Whether the block at `places` can be asked of this peer."""
         return any(self.masks.get(group, 0) & bit for group, bit in places)
@@ -96,6 +127,7 @@ class Demand:
         self._by_part: dict[CID, Group] = {}
         self._places: dict[CID, Places] = {}
         self._wanted: dict[CID, Wanted] = {}
+        self._everyone: Sequence[Holdings] = ()
         self._sorted = True
 
     def add(self, part: CID | None, blocks: Sequence[Wanted], wanted: int, tie: float) -> Group | None:
@@ -126,6 +158,11 @@ class Demand:
                 group.unfinished |= bit
                 group.pending |= bit if pending else 0
         return group if new else None
+
+    def hurry(self, part: CID | None) -> None:
+        """Want this part before those that nobody waits for."""
+        if part is not None:
+            self._by_part[part].urgent = True
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -173,19 +210,31 @@ class Demand:
         del self._wanted[cid]
 
     def weigh(self, everyone: Iterable[Holdings]) -> None:
-        """Count copies among the joined peers: call when somebody joined, left or learned."""
-        peers = list(everyone)
+        """Take note of who is joined: call when somebody joined or left."""
+        self._everyone = list(everyone)
         for group in self._groups:
-            if group.unfinished:
-                copies = sum(peer.masks.get(group, 0).bit_count() for peer in peers)
-                group.rarity = copies * 1000 // len(group.blocks)
+            self.recount(group)
+
+    def recount(self, group: Group) -> None:
+        """Somebody's holdings of a group changed."""
+        group.stale = True
         self._sorted = False
 
     def choose(self, peer: Holdings) -> Iterator[Wanted]:
-        """Blocks to ask of `peer`, rarest group first; the caller takes each before asking for the next."""
+        """Blocks to ask of `peer`; the caller takes each before asking for the next.
+
+        Those of urgent parts first, then those that fewest joined peers hold, and of these the ones of
+        the rarest part.
+        """
         if not self._sorted:
+            for group in self._groups:
+                if group.stale and group.unfinished:
+                    group.count(self._everyone)
             self._groups.sort(key=lambda group: (group.rarity, group.tie))
             self._sorted = True
-        for group in list(self._groups):
-            while mask := group.pending & peer.masks.get(group, 0):
-                yield group.blocks[(mask & -mask).bit_length() - 1]
+        for urgent in (True, False):
+            mine = [g for g in self._groups if g.urgent is urgent and g.pending & peer.masks.get(g, 0)]
+            for level in range(4):
+                for group in mine if level == 3 else sorted(mine, key=lambda group: group.tie):
+                    while mask := group.pending & peer.masks.get(group, 0) & group.levels[level]:
+                        yield group.first(mask)

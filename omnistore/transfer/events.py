@@ -21,6 +21,8 @@ class WantsAdded:
     """All links of the part, in its order, or the nodes."""
     wanted: int
     """Mask of those that are wanted; 0 only asks peers what they hold."""
+    urgent: bool = False
+    """Wanted before what is not: somebody waits for this part."""
 
 
 @dataclass(frozen=True, slots=True)

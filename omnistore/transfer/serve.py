@@ -8,7 +8,7 @@ asks and does not read stops getting turns. Implements spec/05-transfer, section
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -35,6 +35,8 @@ class ServeLimits:
     """Bytes read and not yet sent per stream: keeps a gigabit link busy for 60 ms."""
     memory: int = 64 << 20
     """Bytes read and not yet sent over all streams."""
+    polls: int = 1024
+    """Parts that somebody waits to hear news of, over all streams; beyond it a query is answered at once."""
     batch: int = 4
     """Blocks read in one turn: one hop to a thread for four."""
 
@@ -74,6 +76,10 @@ class _Line:
     """Asked, not yet handed to the stream: those being read included."""
     queries: deque[CID] = field(default_factory=deque)
     open_queries: int = 0
+    told: dict[CID, int] = field(default_factory=dict)
+    """Hash of what the stream was last told about a part."""
+    polls: set[CID] = field(default_factory=set)
+    """Parts asked about again: answered when there is something new to tell."""
     held: int = 0
     """Bytes of memory it takes up."""
 
@@ -92,6 +98,7 @@ class Serving:
         self._lines: dict[int, _Line] = {}
         self._turns: deque[int] = deque()
         """Streams that have something to do, whose turn it is first."""
+        self._polls: Counter[CID] = Counter()
         self._count = 0
 
     @property
@@ -100,9 +107,9 @@ class Serving:
         return len(self._lines)
 
     def owes(self, stream: int) -> bool:
-        """Whether the stream has asked for something that it was not given yet."""
+        """Whether the stream has asked for something that it was not given yet; news it may wait for."""
         line = self._lines.get(stream)
-        return line is not None and bool(line.unanswered or line.open_queries or line.held)
+        return line is not None and bool(line.unanswered or line.open_queries > len(line.polls) or line.held)
 
     def open(self, peer: str) -> tuple[int, Hello] | None:
         """Take in a stream from `peer`: its number and our hello; None when there is no room."""
@@ -118,6 +125,8 @@ class Serving:
         line = self._lines.pop(stream, None)
         if line is not None:
             self.held -= line.held
+            for part in line.polls:
+                self._unpoll(part)
 
     def receive_untrusted(self, stream: int, message: FromRequester) -> Missing | None:
         """Take in a message; what to answer at once. Raises `RemoteProtocolError`: end the stream."""
@@ -132,8 +141,9 @@ class Serving:
             case Have(parts):
                 if line.open_queries + len(parts) > self.limits.queries:
                     raise RemoteProtocolError(f"over {self.limits.queries} parts asked about at once")
-                line.queries.extend(parts)
                 line.open_queries += len(parts)
+                for part in parts:
+                    self._query(line, part)
         if was_idle and not line.idle and stream not in self._turns:
             self._turns.append(stream)
         return reply
@@ -167,11 +177,44 @@ class Serving:
             self._hold(line, -size)
             line.unanswered -= 1
 
-    def was_found(self, stream: int) -> None:
-        """One query was answered."""
+    def was_found(self, stream: int, part: CID, blocks: bytes | None) -> None:
+        """A query is answered with this."""
         line = self._lines.get(stream)
         if line is not None:
             line.open_queries -= 1
+            if len(line.told) >= 2 * self.limits.queries:
+                del line.told[next(iter(line.told))]
+            line.told[part] = hash(blocks)
+
+    @property
+    def polled(self) -> Sequence[CID]:
+        """Parts that somebody waits to hear news of."""
+        return tuple(self._polls)
+
+    def news(self, part: CID, blocks: bytes | None) -> list[int]:
+        """What is held of a polled part now: the streams to tell, to which it is news."""
+        found = []
+        for stream, line in self._lines.items():
+            if part in line.polls and line.told.get(part) != hash(blocks):
+                line.polls.remove(part)
+                self._unpoll(part)
+                self.was_found(stream, part, blocks)
+                found.append(stream)
+        return found
+
+    def _query(self, line: _Line, part: CID) -> None:
+        """Answer at once what was never told, and what there is no room to remember."""
+        room = part in self._polls or len(self._polls) < self.limits.polls
+        if part in line.told and part not in line.polls and room:
+            line.polls.add(part)
+            self._polls[part] += 1
+        else:
+            line.queries.append(part)
+
+    def _unpoll(self, part: CID) -> None:
+        self._polls[part] -= 1
+        if not self._polls[part]:
+            del self._polls[part]
 
     def _job(self, stream: int, line: _Line) -> Job | None:
         if line.queries:

@@ -55,6 +55,10 @@ PIECE: Final = 256 << 10
 """Bytes handed to the network under one deadline."""
 SEND_PATIENCE: Final = 30.0
 """Seconds for a requester to take in one piece: below 9 kB/s it is not reading."""
+NEWS_EVERY: Final = 0.5
+"""Seconds between two looks for blocks that came to be held, while somebody waits to hear of them."""
+NEWS_SHARE: Final = 10
+"""Looking takes at most one in so many seconds of one thread."""
 IDLE_PATIENCE: Final = 600.0
 """Seconds a stream may stay open with nothing asked."""
 LAST_WORDS: Final = 2.0
@@ -110,6 +114,7 @@ async def serve_transfer(
     async with trio.open_nursery() as nursery:
         for _ in range(READERS):
             nursery.start_soon(server.work)
+        nursery.start_soon(server.tell_news)
         network.serve(PROTOCOL, server.stream)
         task_status.started()
 
@@ -257,10 +262,23 @@ class _Server:
 
     async def _find(self, job: FindHeld) -> None:
         bitmap = await trio.to_thread.run_sync(_held_of, self.store, job.part, limiter=self.threads)
-        self.serving.was_found(job.stream)
+        self.serving.was_found(job.stream, job.part, bitmap)
         outlet = self.outlets.get(job.stream)
         if outlet is not None:
             outlet.send.send_nowait(Holds(job.part, bitmap))
+
+
+    async def tell_news(self) -> None:
+        """Tell those who wait what came to be held meanwhile, for ever."""
+        pause = NEWS_EVERY
+        while True:
+            await trio.sleep(pause)
+            started = trio.current_time()
+            for part in self.serving.polled:
+                bitmap = await trio.to_thread.run_sync(_held_of, self.store, part, limiter=self.threads)
+                for stream in self.serving.news(part, bitmap):
+                    self.outlets[stream].send.send_nowait(Holds(part, bitmap))
+            pause = max(NEWS_EVERY, NEWS_SHARE * (trio.current_time() - started))
 
 
 def _read_blocks(store: Store, cids: Sequence[CID]) -> list[Block | OmniError]:

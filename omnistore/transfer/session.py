@@ -15,9 +15,9 @@ A block arriving in VERIFYING or later is a duplicate and is thrown away. What i
 - bytes of duplicates stay within `duplicates_allowed`, by charging every second ask in advance;
 - a peer is never asked for a block it is not known to hold.
 
-Rarest groups go first. When a peer with room finds nothing left to ask, it takes over asks of
-those that would need longer (end-game). Verification, dialling, retries and back-off are the
-shell's (`client`). Implements spec/05-transfer, section "The requester".
+Urgent parts go first, then the rarest blocks. When a peer with room finds nothing left to ask, it
+takes over asks of those that would need longer (end-game). Verification, dialling, retries and
+back-off are the shell's (`client`). Implements spec/05-transfer, section "The requester".
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class SessionLimits:
     """Seconds without one verified block after which a session with peers gives up."""
     lonely: float = 30.0
     """Seconds without a peer that holds anything missing after which it gives up."""
-    refresh: float = 5.0
-    """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too."""
+    refresh: float = 1.0
+    """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too.
+    Such a query is answered when there is news."""
     duplicate_share: int = 50
     """One in so many wanted bytes may arrive twice: 2 %."""
     duplicate_least: int = 4 << 20
@@ -150,6 +151,8 @@ class Session:
         if not self._busy:
             self._useful_at, self._lonely_since = now, None
         self._busy = bool(self._states)
+        if event.urgent:
+            self._demand.hurry(event.part)
         if group is not None:
             for source in self._sources.values():
                 self._introduce(source, group, now)
@@ -184,11 +187,12 @@ class Session:
         if mask is None:
             self._drop(event.peer, f"sent a bitmap that does not fit part {event.part}", now, banned=True)
             return
-        source.queries.discard(event.part)
+        source.queries.pop(event.part, None)
+        source.told_at[event.part] = now
         source.flow.progressed(now)
         if source.holdings.masks.get(group, 0) != mask:
             source.holdings.learn(group, mask)
-            self._weigh()
+            self._demand.recount(group)
         self._query(source, now)
 
     def _on_bytes(self, event: e.BytesReceived, now: float) -> None:
@@ -236,7 +240,7 @@ class Session:
                 source.holdings.deny(self._demand.places(cid))
                 self._release(cid)
             self._settle(cid)
-        self._weigh()
+            self._recount(cid)
 
     def _on_verified(self, event: e.BlockVerified, now: float) -> None:
         self._move(event.cid, "verified")
@@ -257,7 +261,7 @@ class Session:
         for source in list(self._sources.values()):
             self._check_source(source, now)
         for source in self._sources.values():
-            self._refresh(source, now)
+            self._query(source, now)
         self._fill(now)
         for source in sorted(self._sources.values(), key=lambda s: -(s.flow.rate or 0.0)):
             self._relieve(source, now)
@@ -364,27 +368,14 @@ class Session:
             self._query(source, now)
 
     def _query(self, source: Source, now: float) -> None:
-        """Ask about parts not asked about yet, as far as the peer takes queries."""
-        parts = []
-        for group in self._demand.groups:
-            if len(source.queries) >= source.max_queries:
-                break
-            if group.part is not None and group.part not in source.queried_at:
-                source.queried_at[group.part] = now
-                source.queries.add(group.part)
-                parts.append(group.part)
+        """Ask what the peer holds of parts not asked about yet, and what else it holds by now."""
+        parts = source.due(self._demand.groups, now, self.limits.refresh)
         if parts:
-            self._out.append(e.AskHave(source.id, tuple(parts)))
+            self._out.append(e.AskHave(source.id, parts))
 
-    def _refresh(self, source: Source, now: float) -> None:
-        """Forget, after a while, that a peer lacked what is still wanted: it may be fetching too."""
-        for group in self._demand.groups:
-            lacking = group.pending & ~source.holdings.masks.get(group, 0)
-            if group.part is None or not lacking or group.part in source.queries:
-                continue
-            if now - source.queried_at.get(group.part, now) >= self.limits.refresh:
-                del source.queried_at[group.part]
-        self._query(source, now)
+    def _recount(self, cid: CID) -> None:
+        for group, _ in self._demand.places(cid):
+            self._demand.recount(group)
 
     def _weigh(self) -> None:
         self._demand.weigh(source.holdings for source in self._sources.values())
@@ -403,10 +394,10 @@ class Session:
             ):
                 waited = now - source.answered_at
                 self._drop(source.id, f"too slow: one block took over {waited:.0f} s", now, banned=False)
-        elif source.queries:
-            oldest = min(source.queried_at[part] for part in source.queries)
-            if now - max(oldest, flow.alive_at) > self.limits.flow.silence_most:
-                self._drop(source.id, "stalled: does not say what it holds", now, banned=False)
+            return
+        since = source.silent_since
+        if since is not None and now - max(since, flow.alive_at) > self.limits.flow.silence_most:
+            self._drop(source.id, "stalled: does not say what it holds", now, banned=False)
 
     def _drop(self, peer: str, reason: str, now: float, *, banned: bool) -> None:
         if banned:
@@ -435,7 +426,9 @@ class Session:
         if not self.outstanding and self._capped(now):
             self._useful_at = now
         served = any(
-            group.unfinished & source.holdings.masks.get(group, 0) or source.asks or source.queries
+            group.unfinished & source.holdings.masks.get(group, 0)
+            or source.asks
+            or source.silent_since is not None
             for source in self._sources.values()
             for group in self._demand.groups
         )

@@ -6,12 +6,12 @@ Pure; the deciding is `session`'s.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from omnistore.block import BLOCK_SIZE
 from omnistore.cid import CID
-from omnistore.transfer.demand import Demand, Holdings, Wanted
+from omnistore.transfer.demand import Demand, Group, Holdings, Wanted
 from omnistore.transfer.window import PeerFlow
 
 
@@ -35,13 +35,42 @@ class Source:
     holdings: Holdings = field(default_factory=Holdings)
     asks: dict[CID, Ask] = field(default_factory=dict)
     outstanding: int = 0
-    queries: set[CID] = field(default_factory=set)
-    """Parts asked about and unanswered."""
-    queried_at: dict[CID, float] = field(default_factory=dict)
+    queries: dict[CID, float] = field(default_factory=dict)
+    """Parts asked about and unanswered, and since when."""
+    told_at: dict[CID, float] = field(default_factory=dict)
+    """When it last said what it holds of a part."""
     answered_at: float = 0.0
     """When it last answered an ask, or was asked while it owed nothing."""
     suspect: bool = False
     """It stalled before, and has delivered nothing since it came back."""
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it was first asked about a part of which it never said anything; None when there is none.
+
+        Asked about a part again, a peer answers when it holds more of it: that may take long.
+        """
+        return min((at for part, at in self.queries.items() if part not in self.told_at), default=None)
+
+    def due(self, groups: Sequence[Group], now: float, refresh: float) -> tuple[CID, ...]:
+        """Parts to ask about now: those never asked about, then those of which it may hold more by now.
+
+        Half of the queries that the peer takes are kept for the former.
+        """
+        found = []
+        for group in groups:
+            part = group.part
+            if part is None or part in self.queries:
+                continue
+            told = self.told_at.get(part)
+            lacks = group.unfinished & ~self.holdings.told(group)
+            if told is not None and (now - told < refresh or not lacks):
+                continue
+            if len(self.queries) >= (self.max_queries if told is None else self.max_queries // 2):
+                continue
+            self.queries[part] = now
+            found.append(part)
+        return tuple(found)
 
     def seconds_for(self, size: int, now: float) -> float:
         """How long `size` bytes should take it; no less than its present answer took already."""

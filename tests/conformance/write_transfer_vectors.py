@@ -154,7 +154,7 @@ def payload(message: Message) -> bytes:
 
 def documents() -> dict[str, Any]:
     """File name → contents."""
-    session = Session(lambda: 0.5)
+    session = Session(lambda: 0.0)
     trace = [
         {"now": now, "event": named(event), "commands": [named(c) for c in session.step(event, now)]}
         for now, event in events()

@@ -160,7 +160,7 @@ def test_two_fetches_share_a_cap(model: Model) -> None:
 
 @pytest.mark.parametrize("rate", [5e3, 1e6, 20e6])
 def test_a_capped_session_uses_the_whole_cap_and_never_gives_up(rate: float) -> None:
-    """At 5 kB/s a block takes longer than the session's patience: waiting for the cap is no fault of peers."""
+    """At 5 kB/s a block takes longer than the session's patience, and waiting is no fault of peers."""
     one = PeerModel(bandwidth=50e6)
     count = 5 if rate < 1e5 else 200
     scenario = Scenario(((MIB,) * count,), 0, (one, one, PeerModel(behaviour="dies")), cap=rate)

@@ -31,10 +31,12 @@ from omnistore.testing.faulty import ANNOYANCES, BROKEN, ENDED, FAULTS, Annoyanc
 from omnistore.testing.network import LinkModel, VirtualNetwork, VirtualNode, VirtualRouting
 from omnistore.testing.seeding import seeded
 from omnistore.testing.tiny_gguf import tiny_model
-from omnistore.transfer.client import FetchOptions, FetchReport, fetch_model
+from omnistore.transfer.client import FetchOptions, FetchProgress, FetchReport, fetch_model
 from omnistore.transfer.messages import PROTOCOL
 from omnistore.transfer.serve import ServeLimits
 from omnistore.transfer.server import Served, ServeEvent, Unavailable, serve_transfer
+from omnistore.transfer.session import SessionLimits
+from omnistore.transfer.window import FlowLimits
 
 KEY = PrivateKey(bytes(32))
 THREADS_MAY_TAKE = 0.002
@@ -168,6 +170,64 @@ def test_some_layers_only(model: Model) -> None:
         wanted = {PartKey("header"), PartKey("layer", 1), PartKey("layer", 2)}
         assert report.bytes_fetched == distinct(seed, cid, wanted)
         assert mine.status(cid).complete == wanted
+
+    virtually(test)
+
+
+def test_urgent_layers_come_first(model: Model) -> None:
+    _, seed, cid = model
+    layers = {PartKey("layer", 1), PartKey("layer", 2)}
+    wanted = {block for key in layers for block, _ in seed.model(cid).parts[key].links()}
+
+    async def test(network: VirtualNetwork) -> None:
+        await serving(network.node("a", LinkModel(bandwidth=1e5)), seed)
+        mine = MemoryStore()
+        early: list[bool] = []
+
+        def told(now: FetchProgress) -> None:
+            held = mine.held(wanted)
+            others = {c for part in seed.model(cid).parts.values() for c, _ in part.links()} - wanted
+            early.append(len(held) < len(wanted) and len(mine.held(others)) > 0.5 * len(others))
+
+        options = FetchOptions(
+            peers=at("a"),
+            urgent=lambda manifest: parse_parts("1-2", manifest) & layers,
+            limits=SessionLimits(flow=FlowLimits(least=180 << 10)),
+        )
+        await fetch_model(network.node("me"), None, mine, cid, options, told)
+        assert whole(mine, seed, cid)
+        assert len(early) > 3
+        assert not any(early)
+
+    virtually(test)
+
+
+def test_what_a_fetching_node_got_it_serves_at_once(model: Model) -> None:
+    """Two fetch from one slow seeder, and from each other: each hears of what the other got meanwhile."""
+    _, seed, cid = model
+
+    async def test(network: VirtualNetwork) -> None:
+        await serving(network.node("seed", LinkModel(bandwidth=100e3)), seed)
+        reports: dict[str, FetchReport] = {}
+
+        async def leech(name: str, other: str) -> None:
+            store = MemoryStore()
+            node = network.nodes[name]
+            await serving(node, store)
+            options = FetchOptions(
+                peers=at("seed", other), limits=SessionLimits(flow=FlowLimits(least=180 << 10))
+            )
+            reports[name] = await fetch_model(node, None, store, cid, options)
+
+        network.node("x")
+        network.node("y")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leech, "x", "y")
+            nursery.start_soon(leech, "y", "x")
+        for name, other in (("x", "y"), ("y", "x")):
+            assert reports[name].peers[other] > 0.2 * reports[name].bytes_fetched
+        seconds = max(report.seconds for report in reports.values())
+        assert seconds < 0.85 * 2 * reports["x"].bytes_fetched / 100e3
 
     virtually(test)
 

@@ -119,6 +119,77 @@ def test_queries_come_before_blocks() -> None:
     assert serving.next() == ReadBlocks(stream, ((0, cid(0)),))
 
 
+PART = cid(5, DAG_CBOR)
+
+
+def test_asked_again_it_answers_when_there_is_news() -> None:
+    serving = Serving()
+    keen, other = opened(serving), opened(serving, "q")
+    for stream in (keen, other):
+        serving.receive_untrusted(stream, Have((PART,)))
+        assert serving.next() == FindHeld(stream, PART)
+        serving.was_found(stream, PART, b"\x01")
+    assert serving.polled == ()
+    serving.receive_untrusted(keen, Have((PART,)))
+    assert serving.next() is None
+    assert serving.polled == (PART,)
+    assert not serving.owes(keen)
+    assert serving.news(PART, b"\x01") == []
+    assert serving.news(PART, b"\x03") == [keen]
+    assert serving.polled == ()
+    serving.receive_untrusted(keen, Have((PART,)))
+    assert serving.news(PART, b"\x03") == []
+    # What was told before the news is told at the next question.
+    serving.receive_untrusted(other, Have((PART,)))
+    assert serving.news(PART, b"\x03") == [other]
+    serving.close(keen)
+    assert serving.polled == ()
+
+
+def test_no_more_parts_are_watched_than_allowed() -> None:
+    serving = Serving(ServeLimits(polls=1))
+    stream = opened(serving)
+    for part in cids(0, 2):
+        serving.receive_untrusted(stream, Have((part,)))
+        assert serving.next() == FindHeld(stream, part)
+        serving.was_found(stream, part, None)
+    serving.receive_untrusted(stream, Have(cids(0, 2)))
+    assert serving.polled == cids(0, 1)
+    assert serving.next() == FindHeld(stream, cid(1))
+
+
+def test_what_was_told_is_remembered_of_a_bounded_number_of_parts() -> None:
+    serving = Serving(ServeLimits(queries=2))
+    stream = opened(serving)
+    for part in cids(0, 5):
+        serving.receive_untrusted(stream, Have((part,)))
+        serving.next()
+        serving.was_found(stream, part, None)
+    assert len(serving._lines[stream].told) == 4
+    serving.receive_untrusted(stream, Have(cids(0, 1)))
+    assert serving.next() == FindHeld(stream, cid(0))
+
+
+def test_a_greedy_requester_does_not_starve_a_modest_one() -> None:
+    """A thousand asks beside one at a time: while both ask, both are read for alike."""
+    serving = Serving(ServeLimits(ahead=4 * MIB, memory=64 * MIB))
+    greedy, modest = opened(serving), opened(serving, "q")
+    serving.receive_untrusted(greedy, Want(0, cids(0, 1000)))
+    read = {greedy: 0, modest: 0}
+    for number in range(100):
+        serving.receive_untrusted(modest, Want(number, cids(5000 + number, 1)))
+        while (job := serving.next()) is not None:
+            assert isinstance(job, ReadBlocks)
+            for _ in job.asks:
+                serving.was_read(job.stream, MIB)
+                serving.was_sent(job.stream, MIB)
+                read[job.stream] += 1
+            if job.stream == modest:
+                break
+    assert read[modest] == 100
+    assert read[greedy] <= 100 * serving.limits.batch
+
+
 LIMITS = ServeLimits(asks=10, queries=2)
 BROKEN = {
     "asks that do not start at nought": [Want(1, cids(0, 1))],
@@ -175,7 +246,7 @@ def test_a_stream_closed_in_mid_job_is_forgotten() -> None:
     serving.close(stream)
     serving.was_read(stream, MIB)
     serving.was_sent(stream, MIB)
-    serving.was_found(stream)
+    serving.was_found(stream, PART, None)
     assert serving.held == 0
     assert serving.next() is None
     with pytest.raises(LocalProtocolError):

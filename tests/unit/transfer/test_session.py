@@ -28,7 +28,7 @@ ALL = e.WantsAdded(PART, BLOCKS, 0xFF)
 
 
 def session(**limits: object) -> Session:
-    return Session(lambda: 0.5, SessionLimits(**limits))  # type: ignore[arg-type]
+    return Session(lambda: 0.0, SessionLimits(**limits))  # type: ignore[arg-type]
 
 
 def joined(
@@ -138,9 +138,39 @@ def test_a_peer_that_knows_nothing_of_a_part_is_not_asked_for_it() -> None:
     machine.step(ALL, 0)
     assert wants(joined(machine, "a", bitmap=None)) == []
     assert machine.unheld() == [PART]
-    assert kinds(machine.step(e.Tick(), 4)) == []
+    assert kinds(machine.step(e.Tick(), 0.9)) == []
     # It may be fetching the part itself: asked again after a while.
     assert machine.step(e.Tick(), 6) == [e.AskHave("a", (PART,))]
+
+
+def test_the_rarest_blocks_go_first() -> None:
+    machine = session(flow=FlowLimits(least=3 * MIB))
+    machine.step(ALL, 0)
+    machine.step(e.PeerJoined("c", 1, 100), 0)
+    machine.step(e.HoldsReceived("c", PART, b"\x07"), 0)
+    assert wants(joined(machine, "a", bitmap=b"\xff")) == [("a", [3, 4, 5])]
+
+
+def test_urgent_parts_go_before_the_rarest() -> None:
+    machine = session(flow=FlowLimits(least=MIB))
+    machine.step(ALL, 0)
+    joined(machine, "a")
+    awaited = (block(100), block(101))
+    machine.step(e.WantsAdded(OTHER, awaited, 3, urgent=True), 1)
+    machine.step(e.PeerJoined("b", 0, 100), 1)
+    for peer in ("a", "b"):
+        machine.step(e.HoldsReceived(peer, OTHER, b"\x03"), 1)
+    asked = [c for c in machine.step(received("a", 0), 1.2) if isinstance(c, e.SendWant)]
+    assert [(command.peer, command.blocks) for command in asked] == [("a", awaited)]
+
+
+def test_members_of_a_swarm_start_at_different_blocks() -> None:
+    firsts = []
+    for tie in (0.0, 0.5):
+        machine = Session(lambda tie=tie: tie, SessionLimits())  # type: ignore[misc]
+        machine.step(ALL, 0)
+        firsts.append(wants(joined(machine, "a")))
+    assert firsts == [[("a", [0, 1])], [("a", [4, 5])]]
 
 
 def test_a_claim_that_turned_out_wrong_is_not_believed_again() -> None:
@@ -161,7 +191,7 @@ def test_silence_drops_and_its_asks_go_to_others() -> None:
     joined(machine, "b", bitmap=b"\x00")
     machine.step(e.BytesReceived("a"), 10)
     assert kinds(machine.step(e.Tick(), 24)) == [e.AskHave]
-    machine.step(e.HoldsReceived("b", PART, b"\x00"), 24)
+    machine.step(e.HoldsReceived("b", PART, b"\x00"), 25)
     assert machine.step(e.Tick(), 25.5) == [e.DropPeer("a", "stalled: no byte for 15.5 s", False)]
     assert wants(machine.step(e.HoldsReceived("b", PART, b"\x01"), 26)) == [("b", [0])]
     assert machine.banned == {}
