@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench bench-cut bench-transfer bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow fuzz lint format bench bench-cut bench-net bench-transfer bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -18,6 +18,10 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
 
+# Coverage-guided, over what strangers' bytes reach first; says so where atheris is not installed.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.fuzz_net -max_total_time=60
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,10 +32,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # Each prints its figures as ratios to limits measured in the same run.
-bench: bench-cut bench-transfer bench-engine
+bench: bench-cut bench-net bench-transfer bench-engine
 
 bench-cut: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_cut
+
+bench-net: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_net
 
 bench-transfer: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_transfer

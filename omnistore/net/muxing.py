@@ -43,8 +43,9 @@ class MuxLimits:
     """Bytes sent in one go."""
     linger: float = 120.0
     """Seconds that a stream we closed may wait for the peer's end without a byte arriving."""
-    growth_trips: float = 4.0
-    """A window grows when half of it was used within so many round trips."""
+    growth_trips: float = 1.5
+    """A window grows when half of it was used within so many round trips: up to some four times what
+    the path holds. More would only be queued on the way, and what comes after it would wait."""
 
 
 LIMITS: Final = MuxLimits()

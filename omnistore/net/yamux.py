@@ -15,8 +15,6 @@ Deliberately not here: the handshake, and agreeing on a muxer; both stay the lib
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -343,17 +341,25 @@ class Connection:
         """Send one batch now, in the caller's own task, unless somebody is at it."""
         if self._sending:
             await trio.lowlevel.checkpoint()
-            return
-        async with self._turn_to_send():
-            await self._send_some()
+        else:
+            await self._send(everything=False)
 
     # --- sending ----------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _turn_to_send(self) -> AsyncIterator[None]:
+    async def _send(self, *, everything: bool) -> None:
+        """Take the turn to send: for one batch, as far as the socket takes it, or until nothing is left."""
         self._sending = True
         try:
-            yield
+            while self._unsent or self._core.has_frames:
+                if not self._unsent:
+                    self._unsent = self._sealer.seal(self._core.next_frames())
+                    self._sent_at = trio.current_time()
+                    self._wake_streams()
+                count = await self._wire.send(self._unsent)
+                self._unsent = self._unsent[count:]
+                self._sent_at = trio.current_time()
+                if not everything:
+                    break
         except Exception as error:  # noqa: BLE001  # the library's layers, where there are any, raise what they like
             self._end(f"sending failed: {error!r}")
         finally:
@@ -372,21 +378,7 @@ class Connection:
             await self._to_send.wait()
             self._to_send = trio.Event()
             if not self._sending:
-                async with self._turn_to_send():
-                    while self._unsent or self._core.has_frames:
-                        await self._send_some()
-
-    async def _send_some(self) -> None:
-        """Seal the next batch, if the last one left, and send what the socket takes at once."""
-        if not self._unsent:
-            if not self._core.has_frames:
-                return
-            self._unsent = self._sealer.seal(self._core.next_frames())
-            self._sent_at = trio.current_time()
-            self._wake_streams()
-        count = await self._wire.send(self._unsent)
-        self._unsent = self._unsent[count:]
-        self._sent_at = trio.current_time()
+                await self._send(everything=True)
 
     # --- receiving --------------------------------------------------------------------------
 

@@ -51,9 +51,9 @@ _log = logging.getLogger(__name__)
 
 READERS: Final = 2
 """Threads that read and hash: one core's worth each, 3 GB/s."""
-PIECE: Final = 256 << 10
-"""Bytes handed to the network under one deadline."""
-SEND_PATIENCE: Final = 30.0
+PIECE: Final = (1 << 20) + 4096
+"""Bytes handed to the network under one deadline: a block with its head. Every hand-over costs."""
+SEND_PATIENCE: Final = 120.0
 """Seconds for a requester to take in one piece: below 9 kB/s it is not reading."""
 NEWS_EVERY: Final = 0.5
 """Seconds between two looks for blocks that came to be held, while somebody waits to hear of them."""
@@ -207,9 +207,10 @@ class _Server:
             with trio.fail_after(SEND_PATIENCE):
                 await stream.send_all(head)
             return
-        # The head rides with the first bytes of the payload: one small frame less per block.
+        # The head rides with the first piece of the payload: a frame, and a hand-over, less.
         data = memoryview(message.data)
-        first, piece = min(len(data), 16 << 10), self.pacer.piece(PIECE)
+        piece = self.pacer.piece(PIECE)
+        first = min(len(data), piece)
         await self.pacer.passes(stream.peer, first)
         with trio.fail_after(SEND_PATIENCE):
             await stream.send_all(head + data[:first])
@@ -266,7 +267,6 @@ class _Server:
         outlet = self.outlets.get(job.stream)
         if outlet is not None:
             outlet.send.send_nowait(Holds(job.part, bitmap))
-
 
     async def tell_news(self) -> None:
         """Tell those who wait what came to be held meanwhile, for ever."""

@@ -193,7 +193,7 @@ def test_a_window_grows_while_it_is_used_fast_and_within_bounds() -> None:
     other.ping(0.0)
     exchange(one, other, 0.5)
     assert other.round_trip == 0.5
-    transfer(one, other, mine, theirs, 1.0)
+    transfer(one, other, mine, theirs, 0.5)
     assert theirs.target == 4 << 20
 
 

@@ -1,0 +1,45 @@
+"""`omni` on py-libp2p's own muxer, as it comes: what our connections are measured against.
+
+    python -m tests.bench.stock ARGUMENTS OF OMNI…
+
+For benches only. Upstream's streams are given the two methods that ours have; all else is theirs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF
+from libp2p.stream_muxer.yamux.yamux import YamuxStream
+
+from omnistore.net import yamux
+
+
+def use_stock_muxer() -> None:
+    """From now on, connections of this process are upstream's."""
+
+    async def receive_some(stream: Any, most: int) -> bytes:
+        try:
+            data: bytes = await stream.read(most)
+        except MuxedStreamEOF:
+            return b""
+        return data
+
+    async def receive_exactly(stream: Any, count: int) -> bytes:
+        parts = []
+        while count and (part := await receive_some(stream, count)):
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    YamuxStream.receive_some = receive_some
+    YamuxStream.receive_exactly = receive_exactly
+    yamux.install = lambda upgrader, liveness: None
+
+
+if __name__ == "__main__":
+    from omnistore.cli.main import main
+
+    use_stock_muxer()
+    main(sys.argv[1:])
