@@ -29,6 +29,7 @@ from omnistore.transfer.client import (
     every_part,
     fetch_model,
 )
+from omnistore.transfer.ranges import check_url
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.session import SessionLimits
 from omnistore.transfer.window import FlowLimits
@@ -40,6 +41,9 @@ EVENT_EVERY: Final = 0.2
 """Seconds between two progress events."""
 _MAX_PEERS: Final = 64
 """Peers that a request may name."""
+
+
+_FIELDS: Final = frozenset({"cid", "layers", "peers", "bootstrap", "output", "mirrors", "gateways", "signer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,25 @@ class PinRequest:
     """Nodes to join the network through, beyond those of the configuration."""
     output: Path | None = None
     """Where the file is wanted too; absolute."""
+    mirrors: tuple[str, ...] = ()
+    """URLs of web servers that have the model's files."""
+    gateways: tuple[str, ...] = ()
+    """URLs of IPFS trustless gateways."""
+    signer: str | None = None
+    """Peer ID of the one publisher whose signature is accepted; None for whoever."""
 
     def options(self, window: int) -> FetchOptions:
         """The same for `fetch_model`; `window` in bytes."""
         select = every_part if self.layers is None else partial(parse_parts, self.layers)
-        return FetchOptions(select, self.peers, self.output, SessionLimits(flow=FlowLimits(ceiling=window)))
+        return FetchOptions(
+            select,
+            self.peers,
+            self.output,
+            SessionLimits(flow=FlowLimits(ceiling=window)),
+            mirrors=self.mirrors,
+            gateways=self.gateways,
+            signer=self.signer,
+        )
 
     def document(self) -> Document:
         """The same for another process."""
@@ -69,6 +87,9 @@ class PinRequest:
             "peers": list(self.peers),
             "bootstrap": list(self.bootstrap),
             "output": None if self.output is None else str(self.output),
+            "mirrors": list(self.mirrors),
+            "gateways": list(self.gateways),
+            "signer": self.signer,
         }
 
 
@@ -77,7 +98,7 @@ def request_untrusted(document: object) -> PinRequest:
     if not isinstance(document, dict):
         raise InputError("a request to pin is an object with a cid")
     fields: Mapping[str, object] = document
-    unknown = fields.keys() - {"cid", "layers", "peers", "bootstrap", "output"}
+    unknown = fields.keys() - _FIELDS
     if unknown:
         raise InputError(f"a request to pin has no {sorted(map(str, unknown))[0][:80]!r}")
     output = _text(fields, "output")
@@ -86,9 +107,12 @@ def request_untrusted(document: object) -> PinRequest:
     return PinRequest(
         CID.parse_untrusted(_text(fields, "cid") or ""),
         _text(fields, "layers"),
-        _addresses(fields, "peers"),
-        _addresses(fields, "bootstrap"),
+        _addresses(fields, "peers", parse_dialable_untrusted),
+        _addresses(fields, "bootstrap", parse_dialable_untrusted),
         None if output is None else Path(output),
+        _addresses(fields, "mirrors", check_url),
+        _addresses(fields, "gateways", check_url),
+        _text(fields, "signer"),
     )
 
 
@@ -99,14 +123,14 @@ def _text(fields: Mapping[str, object], name: str) -> str | None:
     return value
 
 
-def _addresses(fields: Mapping[str, object], name: str) -> tuple[str, ...]:
+def _addresses(fields: Mapping[str, object], name: str, check: Callable[[str], object]) -> tuple[str, ...]:
     value = fields.get(name) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InputError(f"{name}: {str(value)[:80]} is not a list of texts")
     if len(value) > _MAX_PEERS:
         raise InputError(f"{name}: more than {_MAX_PEERS} addresses")
     for addr in value:
-        parse_dialable_untrusted(addr)
+        check(addr)
     return tuple(value)
 
 
@@ -171,6 +195,7 @@ def _done(report: FetchReport) -> Document:
     return {
         "event": "done",
         "model": report.model.manifest.name,
+        "publisher": report.model.publisher.peer_id if report.model.publisher else None,
         "path": paths[0] if paths else None,
         "paths": paths,
         "bytes_fetched": report.bytes_fetched,

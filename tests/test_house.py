@@ -60,6 +60,7 @@ RANKS: dict[str, int] = {
     "omnistore.transfer.bridge": 2,
     "omnistore.transfer.client": 2,
     "omnistore.transfer.pacing": 2,
+    "omnistore.transfer.probe": 2,
     "omnistore.transfer.server": 2,
     "omnistore.transfer.swarm": 2,
     "omnistore.transfer.web": 2,

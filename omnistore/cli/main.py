@@ -42,6 +42,8 @@ _OWN: Final = MappingProxyType(
         "gc": "Free what no pin keeps.",
         "du": "Show where the bytes are.",
         "id": "Show this node's peer ID.",
+        "providers": "List who claims to hold a model, and what they really hold.",
+        "publish": "Publish a name of your own for a model.",
         "trust": "Know publishers by name: add, ls, rm.",
         "invite": "Print a token that lets a home into your private swarm.",
         "join": "Enter the private swarm that a token invites to.",

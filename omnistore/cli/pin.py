@@ -12,23 +12,27 @@ import click
 import trio
 
 from omnistore.cid import CID
+from omnistore.cli import names
 from omnistore.cli.home import config, home_store, with_caps, with_mdns
 from omnistore.cli.output import Output, Progress, size, with_output
+from omnistore.cli.web import Sources, with_sources
 from omnistore.config import Config
+from omnistore.dht.names import publisher_untrusted
 from omnistore.errors import InputError
 from omnistore.http.client import running_seed
 from omnistore.net.acquaintances import recall
-from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
 from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_pin
+from omnistore.trust import TrustStore
 
 
 @click.command()
 @click.argument("cid")
 @click.option("--layers", help="Only these: 0-15, single numbers, embed, head, or all, separated by commas.")
-@click.option("--peer", "peers", multiple=True, metavar="MADDR", help="Ask this peer; can be repeated.")
+@with_sources
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="Find peers through this node's DHT.")
 @click.option("--output", "to", type=click.Path(path_type=Path), help="Also put the file here.")
+@click.option("--signer", metavar="NAME|PEERID", help="Refuse a model that this publisher did not sign.")
 @with_caps
 @with_mdns
 @with_output
@@ -36,21 +40,36 @@ def pin(
     output: Output,
     cid: str,
     layers: str | None,
-    peers: tuple[str, ...],
+    sources: Sources,
     bootstrap: tuple[str, ...],
     to: Path | None,
+    signer: str | None,
     caps: Mapping[str, Any],
 ) -> None:
     """Fetch the model CID, verify every block, keep it. Interrupted, it resumes where it was.
 
+    PUBLISHER/NAME in place of a CID is what that publisher, a peer ID or a name of `omni trust`, says it is.
+
     Without --peer and --bootstrap it asks the nodes of the local network, and those met before.
     """
-    wanted = CID.parse_untrusted(cid)
-    for addr in peers:
-        parse_dialable_untrusted(addr)
     settings = config(bootstrap=bootstrap, **caps)
-    request = PinRequest(wanted, layers, peers, bootstrap, to.absolute() if to else None)
-    watched = Watched(output)
+    trust = TrustStore(settings.home)
+    wanted_signer = trust.resolve(signer).peer_id if signer is not None else None
+    if names.is_published_name(cid):
+        wanted = trio.run(names.find_named, output, settings, cid, sources.peers)
+    else:
+        wanted = CID.parse_untrusted(cid)
+    request = PinRequest(
+        wanted,
+        layers,
+        sources.peers,
+        bootstrap,
+        to.absolute() if to else None,
+        sources.mirrors,
+        sources.gateways,
+        wanted_signer,
+    )
+    watched = Watched(output, trust)
     with home_store() as store:
         here = is_here(store, request)
         if here:
@@ -63,7 +82,7 @@ def pin(
 
 
 def _check_sources(settings: Config, request: PinRequest) -> None:
-    told = request.peers or settings.bootstrap or settings.mdns
+    told = request.peers or request.mirrors or request.gateways or settings.bootstrap or settings.mdns
     if not told and not recall(settings.home, time.time()):
         raise InputError(
             f"{request.cid} is not here, and there is nobody to ask for it",
@@ -79,17 +98,18 @@ async def _fetch(settings: Config, request: PinRequest, watched: Watched) -> Non
         return
     _check_sources(settings, request)
     # While it fetches, the node serves what it already holds.
-    untold = not (request.peers or settings.bootstrap)
+    untold = not (request.peers or request.mirrors or request.gateways or settings.bootstrap)
     joining = NodeOptions(
         bootstrap=settings.bootstrap,
         lan=untold and settings.mdns,
         recall=untold,
-        alone_ok=bool(request.peers),
+        alone_ok=bool(request.peers or request.mirrors or request.gateways),
     )
     async with open_node(settings, joining) as node:
         routing = node.routing if settings.bootstrap or untold else None
-        site = Site(node.network, routing, node.store, settings.window, node.download)
-        await run_pin(site, request, watched)
+        await run_pin(
+            Site(node.network, routing, node.store, settings.window, node.download), request, watched
+        )
 
 
 @dataclass(slots=True)
@@ -97,6 +117,7 @@ class Watched:
     """Shows the events of a pin, wherever it runs."""
 
     output: Output
+    trust: TrustStore
     bar: Progress | None = None
     done: Document = field(default_factory=dict)
     _shown: int = 0
@@ -120,6 +141,9 @@ class Watched:
         done = self.done
         for peer, reason in done["dropped"].items():
             self.output.note(f"dropped {peer}: {reason}")
+        publisher = done["publisher"]
+        whose = self.trust.describe(publisher_untrusted(publisher) if publisher else None)
+        self.output.note(f"signed by {whose}")
         rate = done["bytes_fetched"] / done["seconds"] if done["seconds"] else 0.0
         self.output.note(
             f"{done['model']}: {size(done['bytes_fetched'])} from {_peers(len(done['peers']))} in"

@@ -13,13 +13,14 @@ import click
 
 from omnistore.cli.home import config, with_caps, with_mdns
 from omnistore.cli.output import Output, size, with_output
+from omnistore.cli.web import with_http
 from omnistore.config import make_home
 from omnistore.errors import BadConfig
 
 if TYPE_CHECKING:
     from omnistore.config import Config
     from omnistore.http.daemon import Daemon
-    from omnistore.node import NodeEvent
+    from omnistore.node import Node, NodeEvent
     from omnistore.store.sweep import Swept
 
 DEFAULT_PORT: Final = 4141
@@ -51,6 +52,7 @@ class _Seed:
 )
 @with_caps
 @with_mdns
+@with_http
 @with_output
 def seed(
     output: Output,
@@ -122,15 +124,30 @@ async def _run(output: Output, asked: _Seed) -> None:
                     "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
                 )
             addrs = list(node.network.addrs())
-            output.event("ready", peer_id=node.peer_id, addrs=addrs)
+            web = await _answer_http(node, asked.settings.http)
+            output.event("ready", peer_id=node.peer_id, addrs=addrs, http=web)
             output.line(f"peer {node.peer_id}")
             for addr in addrs:
                 output.line(f"listening on {addr}")
+            for url in web:
+                output.line(f"gateway at {url}")
             async for received in signals:
                 # A second one, while stopping, ends the process at once.
                 signal.signal(received, signal.SIG_DFL)
                 break
     output.event("stopped")
+
+
+async def _answer_http(node: Node, address: str | None) -> list[str]:
+    """Open the gateway at an address, if there is one; its URLs."""
+    if address is None:
+        return []
+    from omnistore.http.gateway import gateway
+    from omnistore.http.server import addresses, open_tcp, parse_address, serve_http
+
+    listeners = await open_tcp(*parse_address(address))
+    node.nursery.start_soon(serve_http, gateway(node.store, node.upload), listeners)
+    return [f"http://{where}" for where in addresses(listeners)]
 
 
 async def _answer_locally(output: Output, daemon: Daemon) -> None:
@@ -154,6 +171,7 @@ def _tell_evicted(output: Output, swept: Swept) -> None:
 def _report(output: Output, event: NodeEvent) -> None:
     """One event, for a program or for a person."""
     from omnistore.joining import Joined
+    from omnistore.naming import Published
     from omnistore.node import Announced
     from omnistore.transfer.server import Served, Unavailable
 
@@ -162,6 +180,10 @@ def _report(output: Output, event: NodeEvent) -> None:
             output.event("not_provided", cid=cid)
         case Announced(cid, copies):
             output.event("provided", cid=cid, copies=copies)
+        case Published(record, copies):
+            output.event(
+                "published", published=record.name, cid=record.value, sequence=record.sequence, copies=copies
+            )
         case Joined(addr, None):
             output.event("joined", addr=addr)
             output.note(f"joined the network through {addr}")
