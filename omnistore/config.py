@@ -188,7 +188,7 @@ def load_key(home: Path) -> PrivateKey:
 
 def _read_key(path: Path) -> PrivateKey:
     try:
-        with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123  # Path.open takes no opener
+        with open(path, "rb", opener=_open_at_once) as file:  # Path.open takes no opener
             status = os.fstat(file.fileno())
             data = file.read(_KEY_SIZE + 1) if stat.S_ISREG(status.st_mode) else b""
     except FileNotFoundError:
