@@ -42,6 +42,7 @@ _OWN: Final = MappingProxyType(
         "gc": "Free what no pin keeps.",
         "du": "Show where the bytes are.",
         "id": "Show this node's peer ID.",
+        "doctor": "Check home, disk, port, engines and network, and say what to do.",
         "providers": "List who claims to hold a model, and what they really hold.",
         "publish": "Publish a name of your own for a model.",
         "trust": "Know publishers by name: add, ls, rm.",

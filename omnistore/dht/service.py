@@ -106,6 +106,11 @@ class DHTService:
         others = [peer for peer in (*found, *self.node.own_records(key)) if peer.peer not in skip]
         return merge(others, without=self.node.peer_id, limit=limit)
 
+    async def closest(self, key: bytes) -> Sequence[Provider]:
+        """The peers closest to a key that answer, closest first."""
+        lookup, _ = await self._walk(key)
+        return lookup.closest()
+
     async def put_value(self, key: bytes, value: bytes) -> int:
         """Leave a value with the closest peers; how many of them were seen to keep it afterwards.
 
