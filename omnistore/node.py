@@ -29,6 +29,7 @@ from omnistore.naming import NameBook, Publication, Published
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.net.metering import MeteredNetwork
 from omnistore.store.files import FileStore
+from omnistore.transfer.bitswap_server import serve_bitswap
 from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
@@ -166,6 +167,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
                 node.download = TokenBucket(config.down_limit, trio.current_time())
             await nursery.start(_serve, node)
             if options.server:
+                nursery.start_soon(_serve_bitswap, node)
                 nursery.start_soon(routing.run)
                 nursery.start_soon(node.watch)
                 publication = Publication(routing, NameBook(config.home), key, options.on_event)
@@ -189,6 +191,10 @@ def _ways(config: Config, options: NodeOptions) -> Ways:
         home=config.home,
         recall=options.recall,
     )
+
+
+async def _serve_bitswap(node: Node) -> None:
+    await serve_bitswap(node.meter, node.store, node.upload, events=node.options.on_event)
 
 
 async def _serve(node: Node, task_status: Any) -> None:
