@@ -20,6 +20,11 @@ FILE_NAME: Final = "trust.json"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 
+def is_publisher_name(text: str) -> bool:
+    """Whether a text could be a publisher's name, or peer ID."""
+    return _NAME.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class TrustStore:
     """The publishers that this home's owner knows."""
@@ -32,7 +37,7 @@ class TrustStore:
 
     def add(self, name: str, peer_id: str) -> None:
         """Know a publisher by `name`. Raises `InputError`, also when the name means somebody else."""
-        if not _NAME.fullmatch(name) or name.startswith("12D3KooW"):
+        if not is_publisher_name(name) or name.startswith("12D3KooW"):
             raise InputError(
                 f"{name[:80]!r} can not be a publisher's name",
                 remedy="Use 1 to 63 letters, digits, '.', '_', '@' and '-'; not what looks like a peer ID.",

@@ -13,7 +13,7 @@ from omnistore.cli.output import Output
 from omnistore.config import Config
 from omnistore.dht.names import check_name
 from omnistore.naming import NameBook, resolve
-from omnistore.trust import TrustStore
+from omnistore.trust import TrustStore, is_publisher_name
 
 if TYPE_CHECKING:
     from omnistore.node import Node
@@ -34,7 +34,8 @@ async def open_client(settings: Config, *, alone_ok: bool = False) -> AsyncItera
 
 def is_published_name(text: str) -> bool:
     """Whether a text is meant as `PUBLISHER/NAME`, and not as a CID or a path of IPFS."""
-    return "/" in text and not text.startswith(("/", "ipfs:"))
+    who, _, name = text.partition("/")
+    return bool(name) and "/" not in name and is_publisher_name(who)
 
 
 async def find_named(output: Output, settings: Config, text: str, peers: tuple[str, ...] = ()) -> CID:

@@ -21,8 +21,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def model(path: Path, name: str) -> Path:
     tensors = [TinyTensor(f"blk.{n}.ffn_up.weight", shape=(256, 64)) for n in range(2)]
-    metadata = {"general.architecture": "llama", "general.name": name, "llama.block_count": 2}
-    path.write_bytes(TinyGGUF(tensors, metadata).build())
+    metadata: dict[str, str | int] = {"general.architecture": "llama", "general.name": name}
+    metadata["llama.block_count"] = 2
+    path.write_bytes(TinyGGUF(tensors, dict(metadata)).build())
     return path
 
 
@@ -133,3 +134,48 @@ def test_an_expired_invitation_is_refused(home: Path, tmp_path: Path, omni: Run)
     wrong = omni("join", good, "--signer", stranger, home=tmp_path / "other")
     assert wrong.returncode == 5
     assert not (tmp_path / "other" / "swarm.json").exists()
+
+
+@pytest.mark.slow
+def test_providers_are_asked_what_they_hold(
+    publisher: tuple[Path, Path, str, str], tmp_path: Path, omni: Run, start_seed: StartSeed
+) -> None:
+    home, _, cid, peer = publisher
+    keeper = start_seed(tmp_path / "keeper", "--no-mdns")
+    whole = start_seed(home, "--no-mdns", "--bootstrap", keeper.addr)
+    whole.event("provided", cid=cid)
+    partial = tmp_path / "partial"
+    fetched = omni(
+        "pin",
+        cid,
+        "--layers",
+        "0",
+        "--bootstrap",
+        keeper.addr,
+        "--peer",
+        whole.addr,
+        "--no-mdns",
+        home=partial,
+    )
+    assert fetched.returncode == 0, fetched.stderr
+    some = start_seed(partial, "--no-mdns", "--bootstrap", keeper.addr)
+    some.event("joined")
+
+    def ask(*more: str) -> dict[str, dict[str, object]]:
+        command = ("providers", cid, "--bootstrap", keeper.addr, "--json", *more)
+        answer = json.loads(omni(*command, home=tmp_path / "asker").stdout)
+        assert answer["parts"] > 2
+        return {one["peer"]: one | {"size": answer["size"]} for one in answer["providers"]}
+
+    both = ask("--peer", some.addr)
+    assert both[peer]["bytes_held"] == both[peer]["size"]
+    assert both[peer]["reachable"] and both[peer]["claims"]
+    part = both[some.peer_id]
+    assert part["reachable"] and 0 < int(str(part["bytes_held"])) < int(str(part["size"]))
+    # A record outlives its provider: that is told, and the rest is unaffected.
+    some.stop()
+    gone = ask("--peer", some.addr)
+    assert not gone[some.peer_id]["reachable"] and gone[some.peer_id]["error"]
+    assert gone[peer]["reachable"]
+    nobody = omni("providers", cid, "--bootstrap", start_seed(tmp_path / "lone", "--no-mdns").addr)
+    assert nobody.returncode == 10
