@@ -79,8 +79,8 @@ class Joining:
     tell: Callable[[Joined], None]
     """Called with how each try at a bootstrap peer ended, and with each other peer reached."""
     nursery: trio.Nursery
-    _near: set[str] = field(default_factory=set)
-    """Nodes of the local network being looked after."""
+    _near: dict[str, Provider] = field(default_factory=dict)
+    """Nodes of the local network being looked after, each as it last announced itself."""
     _events: tuple[trio.MemorySendChannel[Joined], trio.MemoryReceiveChannel[Joined]] = field(
         default_factory=lambda: trio.open_memory_channel[Joined](math.inf)
     )
@@ -140,23 +140,25 @@ class Joining:
 
         async with open_mdns(self.network.peer_id, self.network.addrs, listening) as lan:
             async for found in lan.found:
-                if found.peer not in self._near and len(self._near) < LAN_PEERS:
-                    self._near.add(found.peer)
-                    self.nursery.start_soon(self._stay_near, found)
+                if found.peer in self._near:
+                    self._near[found.peer] = found
+                elif len(self._near) < LAN_PEERS:
+                    self._near[found.peer] = found
+                    self.nursery.start_soon(self._stay_near, found.peer)
 
-    async def _stay_near(self, found: Provider) -> None:
+    async def _stay_near(self, peer: str) -> None:
         """Stay connected to a node of the local network, until it is gone."""
         try:
             wait, failures = REJOIN_FIRST, 0
             while failures < LAN_TRIES:
-                if found.peer in self.network.peers():
+                if peer in self.network.peers():
                     await trio.sleep(LOOK_EVERY)
                     continue
                 try:
-                    addr = await self._join(found)
+                    addr = await self._join(self._near[peer])
                 except PeerUnreachable as error:
-                    logger.info("%s on the local network: %s", found.peer, error)
-                    await self.network.disconnect(found.peer)
+                    logger.info("%s on the local network: %s", peer, error)
+                    await self.network.disconnect(peer)
                     failures += 1
                     await trio.sleep(wait)
                     wait = min(2 * wait, REJOIN_MOST)
@@ -165,7 +167,7 @@ class Joining:
                     self.report(Joined(addr))
                     await self._refresh()
         finally:
-            self._near.discard(found.peer)
+            del self._near[peer]
 
     async def reach_again(self, home: Path) -> None:
         """Try peers met before, each once, last met first."""
