@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any, Final, Protocol
 import click
 
 from omnistore.cid import CID
+from omnistore.cli.logs import LogFormat, configure_logging, note
 
 _LINE_EVERY: Final = 5.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
@@ -48,6 +48,12 @@ class Output:
 
     json: bool = False
     quiet: bool = False
+    log_format: LogFormat = "text"
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether somebody wants to watch."""
+        return not (self.quiet or self.json or self.log_format == "json")
 
     def result(self, document: Mapping[str, Any] | list[Any], text: str = "") -> None:
         """What was asked for: `document` with `--json`, else `text` (nothing when empty)."""
@@ -68,13 +74,17 @@ class Output:
 
     def note(self, text: str) -> None:
         """Something a person may want to know that is not the result."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.log_format == "json":
+            note(text)
+        else:
             tell(text)
 
     @contextmanager
     def progress(self, what: str, total: int, *, binary: bool = True) -> Iterator[Progress]:
         """Show progress over `total` (bytes if `binary`): a bar on a terminal, else a line now and then."""
-        if self.quiet or self.json:
+        if not self.shows_bars:
             yield _Silent()
         elif sys.stderr.isatty():
             with _bar(what, total, binary) as bar:
@@ -88,17 +98,23 @@ class Output:
 
 
 def with_output(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command `--json`, `--quiet` and `-v`, and an `Output` as its first argument."""
+    """Give a command `--json`, `--quiet`, `-v` and `--log-format`, and an `Output` as its first argument."""
 
     @click.option(
         "--json", "as_json", is_flag=True, help="Print JSON on stdout, one document or one per line."
     )
     @click.option("--quiet", "-q", is_flag=True, help="Print results and errors only.")
     @click.option("--verbose", "-v", count=True, help="Log to stderr; twice for more.")
+    @click.option(
+        "--log-format", type=click.Choice(["text", "json"]), default="text",
+        help="What goes to stderr: lines for people, or JSON objects.",
+    )  # fmt: skip
     @functools.wraps(command)
-    def run(*args: Any, as_json: bool, quiet: bool, verbose: int, **options: Any) -> Any:
-        configure_logging(verbose, quiet)
-        return command(Output(json=as_json, quiet=quiet), *args, **options)
+    def run(
+        *args: Any, as_json: bool, quiet: bool, verbose: int, log_format: LogFormat, **options: Any
+    ) -> Any:
+        configure_logging(verbose, quiet, log_format)
+        return command(Output(as_json, quiet, log_format), *args, **options)
 
     return run
 
@@ -107,18 +123,6 @@ def tell(text: str) -> None:
     """A line to stderr. What can not be said there, its disk full or its reader gone, stays unsaid."""
     with contextlib.suppress(OSError):
         click.echo(text, err=True)
-
-
-def configure_logging(verbose: int, quiet: bool = False) -> None:
-    """Send the log to stderr: our own from warnings up, more with `verbose`; libraries' always less."""
-    own = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(
-        level=logging.ERROR if verbose < 2 else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
-    for package in ("omnistore", "omninfer"):
-        logging.getLogger(package).setLevel(own)
 
 
 def size(count: float) -> str:
