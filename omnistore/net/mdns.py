@@ -20,7 +20,8 @@ from typing import Final
 
 import trio
 
-from omnistore.errors import BadConfig
+from omnistore.dht.records import peer_id_bytes_untrusted
+from omnistore.errors import BadConfig, RemoteProtocolError
 from omnistore.net.addresses import Address, interface_addresses, parse_untrusted
 from omnistore.net.interface import Provider
 
@@ -68,8 +69,8 @@ def parse_record_untrusted(record: bytes) -> Provider | None:
     peer: str | None = None
     addrs: dict[str, None] = {}
     while record and len(addrs) < MAX_ADDRS:
-        entry, record = record[1 : 1 + record[0]], record[1 + record[0] :]
-        if not entry.startswith(_PREFIX):
+        size, entry, record = record[0], record[1 : 1 + record[0]], record[1 + record[0] :]
+        if len(entry) < size or not entry.startswith(_PREFIX):
             continue
         address = _address_untrusted(entry[len(_PREFIX) :])
         if address is None or (peer is not None and address.peer != peer):
@@ -82,7 +83,8 @@ def parse_record_untrusted(record: bytes) -> Provider | None:
 def _address_untrusted(entry: bytes) -> Address | None:
     try:
         address = parse_untrusted(entry.decode("ascii"))
-    except (BadConfig, UnicodeDecodeError):
+        peer_id_bytes_untrusted(address.peer or "")
+    except (BadConfig, RemoteProtocolError, UnicodeDecodeError):
         return None
     usable = address.kind in ("ip4", "ip6") and _is_lan(address.host) and address.port and address.peer
     return address if usable else None

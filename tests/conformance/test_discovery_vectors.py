@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
 
 from omnistore.cid import CID
 from omnistore.dht.records import distance, peer_id_bytes_untrusted, peer_untrusted, provider_key
-from omnistore.errors import RemoteProtocolError
+from omnistore.errors import PeerUnreachable, RemoteProtocolError
 from omnistore.keys import PrivateKey
+from omnistore.net.interface import Provider
+from omnistore.net.kad_protocol import PROTOCOL
+from omnistore.net.kademlia import KademliaNode
+from omnistore.net.mdns import SERVICE, parse_record_untrusted
 
 VECTORS: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "spec" / "vectors" / "discovery.json").read_text()
@@ -51,3 +59,61 @@ def test_addresses(vector: dict[str, str | None]) -> None:
 def test_bad_peer_ids(binary: str) -> None:
     with pytest.raises(RemoteProtocolError):
         peer_untrusted(bytes.fromhex(binary))
+
+
+@pytest.mark.parametrize("vector", VECTORS["lan_records"], ids=lambda vector: vector["name"])
+def test_records_of_the_local_network(vector: dict[str, Any]) -> None:
+    found = parse_record_untrusted(bytes.fromhex(vector["record"]))
+    assert (found.peer if found else None) == vector["peer"]
+    assert list(found.addrs if found else ()) == vector["addrs"]
+
+
+def test_names_on_the_wire() -> None:
+    assert VECTORS["dht_protocol"] == PROTOCOL
+    assert VECTORS["mdns_service"] + "." == SERVICE
+
+
+class Wire:
+    """A network whose one peer notes what it is sent, and ends the stream."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.host = SimpleNamespace(
+            get_id=lambda: ID.from_base58(VECTORS["peers"][0]["peer_id"]),
+            get_addrs=lambda: [Multiaddr(VECTORS["addresses"][0]["text"])],
+        )
+
+    async def open_stream(self, provider: Provider, protocol: str) -> Any:
+        assert protocol == VECTORS["dht_protocol"]
+        return self
+
+    async def send_all(self, data: bytes) -> None:
+        self.sent += data
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        return b""
+
+    async def receive_exactly(self, count: int) -> bytes:
+        raise PeerUnreachable("the stream ended")
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("vector", VECTORS["messages"], ids=lambda vector: vector["type"])
+async def test_messages(vector: dict[str, str]) -> None:
+    wire: Any = Wire()
+    node = KademliaNode(wire, None)
+    peer, key = Provider(VECTORS["peers"][1]["peer_id"]), bytes.fromhex(vector["key"])
+    with suppress(PeerUnreachable):
+        match vector["type"]:
+            case "GET_PROVIDERS":
+                await node.ask_providers(peer, key)
+            case "ADD_PROVIDER":
+                await node.add_provider(peer, key)
+            case "GET_VALUE":
+                await node.ask_value(peer, key)
+            case "PUT_VALUE":
+                await node.put_value(peer, key, bytes.fromhex(vector["value"]))
+    assert wire.sent.hex() == vector["frame"]
