@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow fuzz lint format bench bench-cut bench-net bench-transfer bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -42,6 +42,10 @@ bench-net: $(STAMP)
 
 bench-transfer: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_transfer
+
+# A flash crowd in virtual time; minutes of CPU at 50 leechers.
+bench-swarm: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_swarm
 
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory

@@ -8,7 +8,7 @@ How many hold a block is counted for whole groups at once, again only when somet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from omnistore.cid import CID
@@ -44,6 +44,8 @@ class Group:
     """Masks of the blocks that one joined peer holds, that two hold, that three hold, and of all."""
     stale: bool = True
     """Whether somebody's holdings changed since the copies were counted."""
+    shared: bool = False
+    """Whether some joined peer lacks blocks of it: it may be fetching the same as we."""
     urgent: bool = False
     """Wanted before everything that is not."""
 
@@ -55,6 +57,7 @@ class Group:
     def count(self, everyone: Iterable[Holdings]) -> None:
         """Count the copies of each block among `everyone`."""
         one = two = three = four = copies = 0
+        self.shared = False
         for peer in everyone:
             mask = peer.masks.get(self, 0)
             four |= three & mask
@@ -62,13 +65,14 @@ class Group:
             two |= one & mask
             one |= mask
             copies += mask.bit_count()
+            self.shared |= mask != self.all
         self.rarity = copies * 1000 // len(self.blocks)
         self.levels = (one & ~two, two & ~three, three & ~four, self.all)
         self.stale = False
 
-    def first(self, mask: int) -> Wanted:
-        """A block of `mask`, from a place of this session's own on: members of a swarm start elsewhere."""
-        start = int(self.tie * len(self.blocks))
+    def first(self, mask: int, rng: Callable[[], float]) -> Wanted:
+        """A block of `mask`. Any of them where others fetch too: in one order, all would ask for the same."""
+        start = int(rng() * len(self.blocks)) if self.shared else 0
         mask = mask >> start << start or mask
         return self.blocks[(mask & -mask).bit_length() - 1]
 
@@ -122,7 +126,9 @@ class Holdings:
 class Demand:
     """All groups of a session, rarest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: Callable[[], float] = lambda: 0.0) -> None:
+        """`rng` gives floats in [0, 1)."""
+        self._rng = rng
         self._groups: list[Group] = []
         self._by_part: dict[CID, Group] = {}
         self._places: dict[CID, Places] = {}
@@ -235,6 +241,13 @@ class Demand:
         for urgent in (True, False):
             mine = [g for g in self._groups if g.urgent is urgent and g.pending & peer.masks.get(g, 0)]
             for level in range(4):
-                for group in mine if level == 3 else sorted(mine, key=lambda group: group.tie):
+                for group in mine if level == 3 else self._any_order(mine):
                     while mask := group.pending & peer.masks.get(group, 0) & group.levels[level]:
-                        yield group.first(mask)
+                        yield group.first(mask, self._rng)
+
+    def _any_order(self, groups: list[Group]) -> list[Group]:
+        """Equally rare blocks: in the order of the groups, or at random where others fetch them too."""
+        if not any(group.shared for group in groups):
+            return groups
+        start = int(self._rng() * len(groups))
+        return groups[start:] + groups[:start]

@@ -78,7 +78,7 @@ class Session:
         self.wanted_bytes = 0
         self._rng = rng
         self._cap = cap
-        self._demand = Demand()
+        self._demand = Demand(rng)
         self._states: dict[CID, BlockState] = {}
         self._askers: dict[CID, list[Source]] = {}
         """Who owes an answer for a block, given up or not."""

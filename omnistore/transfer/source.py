@@ -83,10 +83,18 @@ def late_asks(
     source: Source, everybody: Collection[Source], demand: Demand, now: float
 ) -> list[tuple[Wanted, Source]]:
     """Asks of others that `source` could answer in half the time, the latest first."""
-    others = [other for other in everybody if other is not source]
+    least = 2 * (source.seconds_for(source.outstanding, now) + (source.flow.delay or 0.05))
+    # Whoever is done with all it owes by then has nothing to be taken over.
+    others = [
+        other
+        for other in everybody
+        if other is not source and other.asks and other.seconds_for(other.outstanding, now) > least
+    ]
+    if not others:
+        return []
     asked_twice = set(source.asks)
     seen: set[CID] = set()
-    for other in others:
+    for other in everybody:
         asked_twice |= seen & other.asks.keys()
         seen |= other.asks.keys()
     found: list[tuple[float, Wanted, Source]] = []

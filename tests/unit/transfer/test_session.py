@@ -164,13 +164,13 @@ def test_urgent_parts_go_before_the_rarest() -> None:
     assert [(command.peer, command.blocks) for command in asked] == [("a", awaited)]
 
 
-def test_members_of_a_swarm_start_at_different_blocks() -> None:
-    firsts = []
-    for tie in (0.0, 0.5):
-        machine = Session(lambda tie=tie: tie, SessionLimits())  # type: ignore[misc]
-        machine.step(ALL, 0)
-        firsts.append(wants(joined(machine, "a")))
-    assert firsts == [[("a", [0, 1])], [("a", [4, 5])]]
+@pytest.mark.parametrize(("others", "asked"), [(b"\xff", [0, 1]), (b"\x00", [4, 5])])
+def test_where_others_fetch_too_any_of_the_rarest_goes_first(others: bytes, asked: list[int]) -> None:
+    machine = Session(lambda: 0.5, SessionLimits())
+    machine.step(ALL, 0)
+    machine.step(e.PeerJoined("b", 0, 100), 0)
+    machine.step(e.HoldsReceived("b", PART, others), 0)
+    assert wants(joined(machine, "a")) == [("a", asked)]
 
 
 def test_a_claim_that_turned_out_wrong_is_not_believed_again() -> None:
