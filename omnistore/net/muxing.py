@@ -404,6 +404,8 @@ class Muxing:
         )
         more = min(stream.target, self.limits.window - stream.target, self.limits.growth - self._grown)
         if fast and more > 0:
+            # What grows it is a short round trip's absence: look whether there is a shorter one.
+            self.ping(now)
             stream.target += more
             self._grown += more
             due += more

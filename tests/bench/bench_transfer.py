@@ -3,7 +3,8 @@
     python -m tests.bench.bench_transfer [--size 1GiB] [--json] [--keep DIR]
 
 Makes a GGUF, adds it in two homes, and pins it: from one seeder, from two, with one of two lying,
-killed at 40 % and resumed, and with `--layers 0-3` only. Every pinned file is compared byte for byte. Ratios
+killed at 40 % and resumed, and with `--layers 0-3` only; from two that are capped at 50 MB/s each; and once
+more from one with both sides on py-libp2p's own muxer. Every pinned file is compared byte for byte. Ratios
 are to one-thread BLAKE3 and to raw trio TCP over loopback, measured before and after in the same
 run (the better counts). Figures are MB/s of 1e6 bytes; a pin's rate counts from the first byte asked to
 the last written (its own `seconds`), `wall` includes starting Python and the network.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,11 @@ PATIENCE = 180
 """Seconds that one command may take."""
 FAULTY = Path(__file__).resolve().parent.parent / "system" / "faulty_seed.py"
 CLI = (sys.executable, "-m", "omnistore.cli.main")
+STOCK = (sys.executable, "-m", "tests.bench.stock")
+CAP = 50_000_000
+"""Bytes per second of a capped seeder."""
+MOST_RSS = 150
+"""MB that a fetch may take, whatever the model's size."""
 
 
 @dataclass
@@ -52,18 +58,28 @@ class Bench:
     def size(self) -> int:
         return self.file.stat().st_size
 
-    def omni(self, home: str, *args: object) -> str:
-        done = subprocess.run(
-            [*CLI, *map(str, args)],
-            env=self.environ(home),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        if done.returncode:
-            raise SystemExit(f"omni {args[0]} failed with {done.returncode}: {done.stderr}")
-        return done.stdout
+    def omni(self, home: str, *args: object, cli: Sequence[str] = CLI) -> str:
+        return self.measured(home, *args, cli=cli)[0]
+
+    def measured(self, home: str, *args: object, cli: Sequence[str] = CLI) -> tuple[str, float]:
+        """What it printed, and the most memory it took, in MB."""
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = subprocess.Popen(
+                [*cli, *map(str, args)],
+                env=self.environ(home),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                text=True,
+            )
+            # Not `wait`: this one tells what was used.
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            err.seek(0)
+            if child.returncode:
+                raise SystemExit(f"omni {args[0]} failed with {child.returncode}: {err.read()}")
+            return out.read(), used.ru_maxrss * 1024 / 1e6
 
     def environ(self, home: str) -> dict[str, str]:
         return {**os.environ, "OMNI_HOME": str(self.root / home)}
@@ -86,15 +102,17 @@ def process(command: list[str], environ: dict[str, str]) -> Iterator[str]:
     )
     try:
         assert child.stdout is not None
-        yield str(json.loads(child.stdout.readline())["addrs"][0])
+        # Whatever it says before it is ready is not for us.
+        ready = next(event for line in child.stdout if "addrs" in (event := json.loads(line)))
+        yield str(ready["addrs"][0])
     finally:
         child.kill()
         child.communicate()
 
 
-def seed(bench: Bench, home: str) -> Any:
+def seed(bench: Bench, home: str, *args: str, cli: Sequence[str] = CLI) -> Any:
     listen = "/ip4/127.0.0.1/tcp/0"
-    return process([*CLI, "seed", "--json", "--listen", listen], bench.environ(home))
+    return process([*cli, "seed", "--json", "--listen", listen, *args], bench.environ(home))
 
 
 def liar(bench: Bench, home: str) -> Any:
@@ -105,12 +123,14 @@ def peer_args(addrs: list[str]) -> list[str]:
     return [word for addr in addrs for word in ("--peer", addr)]
 
 
-def pin(bench: Bench, cid: str, addrs: list[str], *args: str, home: str = "pin") -> dict[str, Any]:
+def pin(
+    bench: Bench, cid: str, addrs: list[str], *args: str, home: str = "pin", cli: Sequence[str] = CLI
+) -> dict[str, Any]:
     """Pin, and what it reported in the end; `wall` is the whole command's time."""
     started = time.perf_counter()
-    out = bench.omni(home, "pin", cid, "--json", *peer_args(addrs), *args)
+    out, rss = bench.measured(home, "pin", cid, "--json", *peer_args(addrs), *args, cli=cli)
     done: dict[str, Any] = json.loads(out.splitlines()[-1])
-    done["wall"] = time.perf_counter() - started
+    done["wall"], done["rss"] = time.perf_counter() - started, rss
     done["rate"] = done["bytes_fetched"] / max(done["seconds"], 1e-3) / 1e6
     if not args:
         done["identical"] = filecmp.cmp(done["path"], bench.file, shallow=False)
@@ -256,6 +276,11 @@ def run(bench: Bench) -> None:
         lying = stack.enter_context(liar(bench, "b"))
         found["one of two lies"] = pin(bench, cid, [lying, first], home=bench.fresh("pin"))
         found["one of two lies"]["liar"] = lying.rpartition("/")[2]
+    with ExitStack() as stack:
+        capped = [stack.enter_context(seed(bench, home, "--up-limit", str(CAP))) for home in ("a", "b")]
+        found["two of 50 MB/s"] = pin(bench, cid, capped, home=bench.fresh("pin"))
+    with seed(bench, "a", cli=STOCK) as stock:
+        found["stock muxer"] = pin(bench, cid, [stock], home=bench.fresh("pin"), cli=STOCK)
     found["blake3"] = max(found["blake3"], hashing_rate(bench.file))
     found["tcp"] = max(found["tcp"], tcp_rate())
 
@@ -270,6 +295,9 @@ def check(found: dict[str, Any]) -> list[str]:
         "--layers fetched exactly its parts": layers["bytes_fetched"] == layers["parts"],
         "nothing finished was fetched again": killed["fetched_again"] == 0 < killed["held_when_killed"],
         "the liar was dropped and named": list(lies["dropped"]) == [lies["liar"]],
+        f"no fetch took {MOST_RSS} MB of memory": all(
+            pinned.get("rss", 0) <= MOST_RSS for pinned in found.values() if isinstance(pinned, dict)
+        ),
         "both seeders sent": len(found["two seeders"]["peers"]) == 2,
     }
     return [claim for claim, true in claims.items() if not true]
@@ -283,8 +311,10 @@ def show(found: dict[str, Any], say: Callable[[str], None]) -> None:
         if isinstance(done, dict):
             ratios = f"{done['rate'] / tcp:5.2f} of TCP  {done['rate'] / blake:5.2f} of BLAKE3"
             more = f"  dropped {len(done['dropped'])}" if done.get("dropped") else ""
-            say(f"{name:<20}{done['rate']:7.0f} MB/s  {ratios}  wall {done['wall']:5.1f} s{more}")
+            wall = f"wall {done['wall']:5.1f} s" + (f"  {done['rss']:4.0f} MB RSS" if "rss" in done else "")
+            say(f"{name:<20}{done['rate']:7.0f} MB/s  {ratios}  {wall}{more}")
     layers, killed = found["layers 0-3"], found["killed at 40 %"]
+    say(f"one seeder / stock muxer: {found['one seeder']['rate'] / found['stock muxer']['rate']:.1f}")
     say(f"layers 0-3: {layers['bytes_fetched']} bytes fetched, {layers['parts']} in the parts")
     say(f"killed: {killed['held_when_killed']} bytes were held, {killed['fetched_again']} fetched again")
 
