@@ -187,6 +187,8 @@ def _progress(now: FetchProgress) -> Document:
         "total": now.total,
         "peers": now.peers,
         "bytes_fetched": now.bytes_fetched,
+        "by_peer": dict(now.by_peer),
+        "files": [{"name": one.name, "done": one.done, "total": one.total} for one in now.files],
     }
 
 

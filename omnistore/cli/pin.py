@@ -13,8 +13,9 @@ import trio
 
 from omnistore.cid import CID
 from omnistore.cli import names
+from omnistore.cli.fetching import View, fetch_view, peers_text
 from omnistore.cli.home import config, home_store, with_caps, with_mdns
-from omnistore.cli.output import Output, Progress, size, with_output
+from omnistore.cli.output import Output, size, with_output
 from omnistore.cli.web import Sources, with_sources
 from omnistore.config import Config
 from omnistore.dht.names import publisher_untrusted
@@ -75,8 +76,8 @@ def pin(
         if here:
             trio.run(run_pin, offline(store), request, watched)
     if not here:
-        with output.progress("looking for the model", 0) as bar:
-            watched.bar = bar
+        with fetch_view(output) as view:
+            watched.view = view
             trio.run(_fetch, settings, request, watched)
     watched.conclude()
 
@@ -118,22 +119,18 @@ class Watched:
 
     output: Output
     trust: TrustStore
-    bar: Progress | None = None
+    view: View | None = None
     done: Document = field(default_factory=dict)
-    _shown: int = 0
 
     def __call__(self, event: Document) -> None:
         """One event."""
         if event["event"] == "done":
             self.done = event
             return
-        if self.bar is None:
+        if self.view is None:
             # All of it is here: nothing to watch.
             return
-        self.bar.resize(event["total"])
-        self.bar.describe(f"{event['model']} from {_peers(event['peers'])}")
-        self.bar.advance(event["done"] - self._shown)
-        self._shown = event["done"]
+        self.view.show(event)
         self.output.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     def conclude(self) -> None:
@@ -146,13 +143,9 @@ class Watched:
         self.output.note(f"signed by {whose}")
         rate = done["bytes_fetched"] / done["seconds"] if done["seconds"] else 0.0
         self.output.note(
-            f"{done['model']}: {size(done['bytes_fetched'])} from {_peers(len(done['peers']))} in"
+            f"{done['model']}: {size(done['bytes_fetched'])} from {peers_text(len(done['peers']))} in"
             f" {done['seconds']:.1f} s ({size(rate)}/s), {done['blocks_local']} blocks were here"
         )
         self.output.event("done", **{key: value for key, value in done.items() if key != "event"})
         for path in done["paths"]:
             self.output.line(path)
-
-
-def _peers(count: int) -> str:
-    return "1 peer" if count == 1 else f"{count} peers"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from omnistore.manifest import PartKey
 from omnistore.store.disk import FileLock, boot_id, check_room, place_file, reported, sync_data, write_at
 from omnistore.store.index import StoredFile, part_path
 from omnistore.store.interface import Model
-from omnistore.store.models import names_of
+from omnistore.store.models import by_file, names_of
 
 if TYPE_CHECKING:
     from omnistore.store.files import FileStore
@@ -83,6 +84,8 @@ class FileAssembly:
         self._since = boot_id()
         self._lock = threading.Lock()
         self._closed = False
+        self._lacking = Counter[int]()
+        """As `lacking`."""
         self._targets: dict[int, _Target] = {}
         if not store.index.files(row):
             # Nothing of it is here: what can not fit is refused before a file is made for it.
@@ -92,6 +95,7 @@ class FileAssembly:
             held = self._store.held({placement.cid for placement in self._wanted})
             self.local_blocks = len(held)
             self._check_room(self.missing())
+            self._lacking = by_file(self.missing())
             self._copy_local(held)
         except BaseException:
             self._close_targets()
@@ -100,6 +104,10 @@ class FileAssembly:
     def missing(self) -> Sequence[Placement]:
         with self._lock:
             return [p for p in self._wanted if p.offset not in self._targets[p.file].written]
+
+    def lacking(self) -> Mapping[int, int]:
+        # A block may lie at places that are not wanted, too: those are written, and counted, as well.
+        return {number: max(0, count) for number, count in self._lacking.items()}
 
     def write(self, blocks: Sequence[Block]) -> None:
         with self._lock:
@@ -270,6 +278,7 @@ class FileAssembly:
                 writer.add_locations(file, places)
         for number, places in rows.items():
             self._targets[number].written.update(offset for _, offset, _ in places)
+            self._lacking[number] -= sum(size for _, _, size in places)
             self._targets[number].unsynced += places
         waiting = sum(size for target in self._targets.values() for _, _, size in target.unsynced)
         if waiting >= self._store.config.sync_batch:

@@ -77,6 +77,10 @@ class Assembly(Protocol):
         """Placements of the wanted parts still without bytes, by part then file offset."""
         ...
 
+    def lacking(self) -> Mapping[int, int]:
+        """Bytes that `missing` placements take, by the file's number; quick, and for showing only."""
+        ...
+
     def write(self, blocks: Sequence[Block]) -> None:
         """Put verified blocks at every place they belong. Raises `StoreFull`.
 

@@ -7,7 +7,7 @@ files exist only where `finish(output)` writes them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from omnistore.block import Block
@@ -16,7 +16,7 @@ from omnistore.cid import CID, DAG_CBOR
 from omnistore.errors import BlockMissing, InputError, LocalProtocolError, StoreLocked
 from omnistore.manifest import PartKey
 from omnistore.store.interface import Model, ModelStatus
-from omnistore.store.models import checked, choose_model, names_of, open_model
+from omnistore.store.models import by_file, checked, choose_model, names_of, open_model
 
 
 class MemoryStore:
@@ -146,6 +146,9 @@ class MemoryAssembly:
     def missing(self) -> Sequence[Placement]:
         found = [placement for placement in self._wanted if not self._store.has(placement.cid)]
         return sorted(found, key=lambda p: (p.part.rank, p.file, p.offset))
+
+    def lacking(self) -> Mapping[int, int]:
+        return by_file(self.missing())
 
     def write(self, blocks: Sequence[Block]) -> None:
         for block in blocks:

@@ -6,10 +6,12 @@ Pure: the caller says where nodes come from. Nodes are decoded strictly (spec/03
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from omnistore.block import Block
+from omnistore.chunker.layout import Placement
 from omnistore.cid import CID
 from omnistore.errors import BlockMissing, InputError, MalformedCID
 from omnistore.manifest import (
@@ -97,6 +99,14 @@ def choose_model(text: str, known: Sequence[tuple[CID, CID, str]]) -> CID:
     if bare.startswith("bafy") and len(bare) > _SHORTEST_PREFIX:
         raise malformed
     raise BlockMissing(f"no model here is called {text!r}", remedy="`omni ls` lists the models held here.")
+
+
+def by_file(placements: Iterable[Placement]) -> Counter[int]:
+    """The bytes of placements by the number of the file they lie in."""
+    found = Counter[int]()
+    for placement in placements:
+        found[placement.file] += placement.size
+    return found
 
 
 def names_of(manifest: Manifest) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,6 +107,15 @@ class FetchOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class FileProgress:
+    """How far one file of the model is, in bytes of the selected parts."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchProgress:
     """How far a fetch is."""
 
@@ -117,6 +127,10 @@ class FetchProgress:
     peers: int
     """Joined now."""
     bytes_fetched: int
+    by_peer: Mapping[str, int] = field(default_factory=dict)
+    """Verified payload bytes by sender."""
+    files: Sequence[FileProgress] = ()
+    """In the manifest's order; without those of which nothing is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,12 +382,20 @@ class _Fetch:
         refs = {ref.key: ref.cid for ref in model.manifest.parts}
         wanted_parts = {placement.part for placement in missing}
         total = sum(placement.size for placement in placements)
-        before = total - sum(placement.size for placement in missing) - self.swarm.tally.bytes
+        sizes = Counter[int]()
+        for placement in placements:
+            sizes[placement.file] += placement.size
 
         def tell() -> None:
             fetched = self.swarm.tally.bytes
-            done = min(total, before + fetched)
-            self.progress(FetchProgress(model.manifest.name, done, total, self.swarm.peers, fetched))
+            lacking_now = assembly.lacking()
+            done = total - min(total, sum(lacking_now.values()))
+            self.progress(
+                FetchProgress(
+                    model.manifest.name, done, total, self.swarm.peers, fetched,
+                    dict(self.swarm.tally.peers), _by_file(model.manifest, sizes, lacking_now),
+                )
+            )  # fmt: skip
 
         tell()
         self.swarm.progressed = tell
@@ -398,6 +420,15 @@ def _check_signer(cid: CID, publisher: PublicKey | None, signer: str | None) -> 
             f"{cid} is signed by {found or 'nobody'}, not by {signer}",
             remedy="Ask the publisher for the right CID, or do without --signer.",
         )
+
+
+def _by_file(
+    manifest: Manifest, sizes: Mapping[int, int], lacking: Mapping[int, int]
+) -> tuple[FileProgress, ...]:
+    return tuple(
+        FileProgress(manifest.files[number].name, size - min(size, lacking.get(number, 0)), size)
+        for number, size in sorted(sizes.items())
+    )
 
 
 def _want(ref: CID, part: Part, lacking: Collection[CID], *, urgent: bool = False) -> WantsAdded:

@@ -104,6 +104,10 @@ def test_pin_through_a_running_seed_says_what_pin_alone_says(
     same = ("model", "bytes_fetched", "blocks_fetched", "node_bytes")
     assert {key: last(through)[key] for key in same} == {key: last(alone)[key] for key in same}
     assert list(last(through)["peers"]) == [other.peer_id]
+    progress = json.loads(through.stdout.splitlines()[-2])
+    assert progress["event"] == "progress"
+    assert progress["by_peer"] == last(through)["peers"]
+    assert [(one["done"], one["total"]) for one in progress["files"]] == [(gguf.stat().st_size,) * 2]
     assert out.read_bytes() == gguf.read_bytes()
     # The seeder saw the identity of the daemon, and the daemon announces what it got.
     other.event("served", peer=seed.peer_id)
