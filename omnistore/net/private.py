@@ -23,6 +23,8 @@ KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 24
 GREETING: Final = b"\x13/multistream/1.0.0\n"
 """The first bytes of each direction, once decrypted."""
+READ: Final = 64 << 10
+"""Most bytes read at once: what the allocator gives without asking the system for pages."""
 PATIENCE: Final = 10.0
 """Seconds that a peer has to begin."""
 
@@ -66,6 +68,8 @@ class ProtectedConnection(RawConnection):  # type: ignore[misc]  # libp2p is unt
         self._key = key
         self._sending: Any = None
         self._receiving: Any = None
+        self._out = bytearray()
+        """Where what is sent is encrypted: large buffers made anew cost more than the cipher."""
         self._greeting = GREETING
         """What is still to come of it."""
 
@@ -75,7 +79,13 @@ class ProtectedConnection(RawConnection):  # type: ignore[misc]  # libp2p is unt
         if self._sending is None:
             nonce = os.urandom(NONCE_SIZE)
             self._sending = xsalsa20(self._key, nonce)
-        await self._inner.write(nonce + self._sending.encrypt(data))
+        start, end = len(nonce), len(nonce) + len(data)
+        if end > len(self._out):
+            self._out = bytearray(end)
+        out = memoryview(self._out)[:end]
+        out[:start] = nonce
+        self._sending.encrypt(data, output=out[start:])
+        await self._inner.write(out)
 
     async def read(self, n: int | None = None) -> bytes:
         """At most `n` bytes, none at the end. Raises `RawConnError` for a stranger."""
@@ -84,7 +94,7 @@ class ProtectedConnection(RawConnection):  # type: ignore[misc]  # libp2p is unt
                 self._receiving = xsalsa20(self._key, await self._read_nonce())
             if patience.cancelled_caught:
                 raise RawConnError("the peer does not begin, as a member of this private swarm does")
-        data: bytes = self._receiving.encrypt(await self._inner.read(n))
+        data: bytes = self._receiving.encrypt(await self._inner.read(READ if n is None else min(n, READ)))
         if self._greeting:
             await self._check_greeting(data)
         return data
