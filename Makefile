@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -13,6 +13,12 @@ demo: $(STAMP)
 # What CI runs: lint, types, and every test that takes seconds.
 test: lint
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
+
+# A real Helia node against a seed, over Bitswap and the gateway; installs it, with Node 22, from npm.
+interop-js: $(STAMP)
+	cd tests/interop && npm install --silent --no-audit --no-fund --no-package-lock --no-save --ignore-scripts . \
+		node-$$(uname -s | tr A-Z a-z)-$$(uname -m | sed 's/x86_64/x64/;s/aarch64/arm64/')@22
+	$(BIN)/pytest -q tests/system/test_helia.py
 
 # Crash loops and soaks that take minutes.
 test-slow: $(STAMP)
