@@ -20,7 +20,7 @@ from omnistore.errors import BadConfig
 if TYPE_CHECKING:
     from omnistore.config import Config
     from omnistore.http.daemon import Daemon
-    from omnistore.node import Node, NodeEvent
+    from omnistore.node import NodeEvent
     from omnistore.store.sweep import Swept
 
 DEFAULT_PORT: Final = 4141
@@ -124,7 +124,7 @@ async def _run(output: Output, asked: _Seed) -> None:
                     "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
                 )
             addrs = list(node.network.addrs())
-            web = await _answer_http(node, asked.settings.http)
+            web = await _answer_http(daemon)
             output.event("ready", peer_id=node.peer_id, addrs=addrs, http=web)
             output.line(f"peer {node.peer_id}")
             for addr in addrs:
@@ -138,15 +138,18 @@ async def _run(output: Output, asked: _Seed) -> None:
     output.event("stopped")
 
 
-async def _answer_http(node: Node, address: str | None) -> list[str]:
-    """Open the gateway at an address, if there is one; its URLs."""
+async def _answer_http(daemon: Daemon) -> list[str]:
+    """Open the gateway, with `/metrics` beside it, where the configuration wants it; its URLs."""
+    node, address = daemon.node, daemon.settings.http
     if address is None:
         return []
     from omnistore.http.gateway import gateway
+    from omnistore.http.local import public_app
     from omnistore.http.server import addresses, open_tcp, parse_address, serve_http
 
     listeners = await open_tcp(*parse_address(address))
-    node.nursery.start_soon(serve_http, gateway(node.store, node.upload), listeners)
+    app = public_app(daemon, gateway(node.store, node.upload))
+    node.nursery.start_soon(serve_http, app, listeners)
     return [f"http://{where}" for where in addresses(listeners)]
 
 

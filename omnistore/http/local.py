@@ -89,6 +89,17 @@ async def metrics_response(daemon: Daemon) -> Response:
     return Response(200, render(await daemon.metrics()).encode(), CONTENT_TYPE)
 
 
+def public_app(daemon: Daemon, gateway: App) -> App:
+    """The site of the HTTP port: the gateway, and `/metrics`."""
+
+    async def answer(request: Request) -> Response:
+        if request.path == "/metrics" and request.method in ("GET", "HEAD"):
+            return await metrics_response(daemon)
+        return await gateway(request)
+
+    return answer
+
+
 class PinEvents:
     """The events of one pin as lines; it begins when the first is asked for, and ends with `aclose`."""
 

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,7 @@ def test_nobody_answers_for_a_home_without_a_seed(home: Path) -> None:
 
 
 def test_metrics_are_prometheus_text(start_seed: StartSeed, home: Path) -> None:
-    start_seed(home).event("ready")
+    where = start_seed(home, "--http", "127.0.0.1:0").event("ready")["http"][0]
 
     async def scrape() -> str:
         seed = await running_seed(home)
@@ -169,6 +170,11 @@ def test_metrics_are_prometheus_text(start_seed: StartSeed, home: Path) -> None:
         return await seed.text("/metrics")
 
     text = trio.run(scrape)
+    with urllib.request.urlopen(f"{where}/metrics", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert [line for line in answer.read().decode().splitlines() if line.startswith("#")] == [
+            line for line in text.splitlines() if line.startswith("#")
+        ]
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families)) > 12
     for line in text.splitlines():
