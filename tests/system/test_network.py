@@ -18,6 +18,7 @@ import trio
 
 from omnistore.errors import BadConfig, PeerUnreachable
 from omnistore.keys import PrivateKey
+from omnistore.net import frames
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
 from omnistore.net.yamux import Liveness
@@ -159,6 +160,26 @@ async def test_garbage_on_the_port_hurts_nobody(peer: Peer, network: Libp2pNetwo
         with socket.create_connection(("127.0.0.1", peer.port)) as raw:
             raw.sendall(data)
     assert await echoes(network, peer.provider)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("fault", ["unknown frame", "lost record"])
+async def test_who_breaks_the_framing_is_dropped_alone(
+    peer: Peer, network: Libp2pNetwork, fault: str
+) -> None:
+    kept = await network.open_stream(peer.provider, "/test/echo")
+    async with opened() as bad:
+        stream = await bad.open_stream(peer.provider, "/test/echo")
+        connection = bad.host.get_network().get_connections()[0].muxed_conn
+        if fault == "unknown frame":
+            connection._core._control += frames.pack(9, 0, 0, 0)
+        else:
+            connection._sealer._nonce += 1
+        with pytest.raises(PeerUnreachable, match=r"the peer closes it \(reason 1\)"), trio.fail_after(5):
+            await stream.send_all(b"!")
+            await stream.receive_exactly(2)
+    await kept.send_all(b"still")
+    assert await kept.receive_exactly(5) == b"still"
 
 
 @pytest.mark.trio
