@@ -1,6 +1,6 @@
 """A flash crowd in virtual time: how long all take, by their number.
 
-    python -m tests.bench.bench_swarm [--leechers 1 10 25 50] [--blocks 512] [--seed 1]
+    python -m tests.bench.bench_swarm [--leechers 1 8 16 50] [--blocks 512] [--seed 1]
 
 One seeder, equal links, everybody comes within a second. `slowest` is the last leecher's time over the
 time one leecher alone needs; `copies` what the seeder sent over the size of the model.
@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--leechers", type=int, nargs="+", default=[1, 10, 25, 50])
+    parser.add_argument("--leechers", type=int, nargs="+", default=[1, 8, 16, 50])
     parser.add_argument("--blocks", type=int, default=512, help="of 1 MiB")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
