@@ -168,8 +168,13 @@ class WebFiles(_Web):
                 async with self._range(url, reading.rest()) as response:
                     async for data in response.aiter_raw():
                         await reading.feed(data)
-                        if reading.done():
-                            return  # A whole file may follow: it is not read.
+                        if reading.done() and response.status_code == 200:
+                            return  # The rest of the file follows: it is not read.
+                        if reading.excess:
+                            raise RemoteProtocolError("sent more than the range it was asked for")
+                # A body read to its end leaves the connection for the next request.
+                if reading.done():
+                    return
                 raise PeerUnreachable(f"{self.peer} ended at byte {reading.at}, before {job.last}")
             except PeerUnreachable:
                 # A connection that was cut after some bytes is taken up where it ended.
@@ -188,6 +193,8 @@ class _Reading:
     number: int = 0
     """Of the block being read."""
     delivery: Delivery | None = None
+    excess: bool = False
+    """Bytes came after the last of the range."""
 
     def __post_init__(self) -> None:
         self.at = self.job.first
@@ -216,6 +223,7 @@ class _Reading:
             if not self.delivery.lacking:
                 self.delivery = None
                 self.number += 1
+        self.excess = bool(view)
 
 
 async def _drain(response: httpx.Response) -> None:

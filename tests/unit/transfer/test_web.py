@@ -16,6 +16,7 @@ from omnistore.store.memory import MemoryStore
 from omnistore.testing.seeding import seeded
 from omnistore.testing.tiny_gguf import TinyGGUF, TinyTensor
 from omnistore.transfer.client import FetchOptions, FetchReport, Offline, fetch_model
+from omnistore.transfer.web import CONNECTIONS
 from tests.unit.transfer.web_server import FAULTS, serving
 
 MIB = 1 << 20
@@ -64,6 +65,8 @@ def test_a_web_server_alone_is_enough_once_the_nodes_are_here(model: Model, tmp_
     assert (tmp_path / "out.gguf").read_bytes() == path.read_bytes()
     assert report.peers == {url: report.bytes_fetched} and not report.dropped
     assert web.sent < path.stat().st_size + MIB // 4
+    # One for the probe, and those that are kept for the rest.
+    assert web.connections <= 1 + CONNECTIONS < len(web.requests)
 
 
 def test_two_servers_share_the_work(model: Model, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ FAULTS: Final = (
     "redirect-loop",
     "redirect-to-file",  # Location: file:///
     "not-gguf",
+    "excess",  # more bytes than the range has
 )
 """Faults after which a server is never asked again."""
 
@@ -39,6 +40,7 @@ class WebServer:
     """Requests answered properly first, for faults that begin in the middle."""
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and Range of every request."""
+    connections: int = 0
     sent: int = 0
     """Bytes of bodies handed to the socket."""
     busy: int = 0
@@ -50,6 +52,10 @@ class WebServer:
 class _Serving(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: WebServer
+
+    def setup(self) -> None:
+        self.web.connections += 1
+        super().setup()
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""
@@ -113,6 +119,8 @@ class _Serving(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         if fault == "flips" and late:
             body = body[:-1] + bytes((body[-1] ^ 1,))
+        if fault == "excess" and late:
+            body += b"x"
         if fault == "stalls" and late:
             self._answer(206, body[: len(body) // 2], {**headers, "Content-Length": str(len(body))})
             web.drop.wait(60)
