@@ -63,7 +63,7 @@ class Config:
     )  # fmt: skip
     disk_cap: int | None = setting(
         None, "bytes",
-        "Disk space for models fetched; above it the least recently used ones that are not pinned go."
+        "Disk space for models fetched; above it a seed frees those not pinned, least recently used first."
         " None: they stay until `omni gc`.",
         low=0, high=10**15,
     )  # fmt: skip

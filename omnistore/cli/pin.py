@@ -51,6 +51,8 @@ def pin(
 
     PUBLISHER/NAME in place of a CID is what that publisher, a peer ID or a name of `omni trust`, says it is.
 
+    With a seed running on this home it fetches in the seed, with the seed's connections and settings.
+
     Without --peer and --bootstrap it asks the nodes of the local network, and those met before.
     """
     settings = config(bootstrap=bootstrap, **caps)

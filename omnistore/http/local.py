@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from omnistore import errors
-from omnistore.errors import InputError, OmniError
+from omnistore.errors import InputError, OmniError, PeerUnreachable
 from omnistore.http.daemon import Daemon
 from omnistore.http.message import App, Request, Response, json_response
 from omnistore.http.metrics import CONTENT_TYPE, render
@@ -142,8 +142,7 @@ class PinEvents:
 
     async def _pin(self) -> str:
         try:
-            for addr in self._request.bootstrap:
-                await self._daemon.node.network.connect(addr)
+            await self._join()
             await run_pin(self._daemon.site, self._request, self._tell)
         except OmniError as error:
             self._send.send_nowait(error_document(error))
@@ -153,6 +152,18 @@ class PinEvents:
             self._send.send_nowait({"event": "error", "error": type(error).__name__, "message": str(error)})
             return "failed"
         return "done"
+
+    async def _join(self) -> None:
+        """Connect to the nodes that the request names; one of them is enough, as for `omni pin` alone."""
+        request, failures = self._request, list[PeerUnreachable]()
+        for addr in request.bootstrap:
+            try:
+                await self._daemon.node.network.connect(addr)
+            except PeerUnreachable as error:
+                failures.append(error)
+        others = request.peers or request.mirrors or request.gateways
+        if failures and len(failures) == len(request.bootstrap) and not others:
+            raise failures[0]
 
     def _tell(self, event: Document) -> None:
         if event["event"] == "done":

@@ -202,3 +202,13 @@ def test_a_seed_stays_under_the_disk_cap(start_seed: StartSeed, omni: Run, home:
     assert seed.event("evicted")["models"] == ["taken-in"]
     assert gguf.exists()
     assert json.loads(omni("ls", "--json").stdout) == []
+
+
+def test_a_bootstrap_node_that_is_gone_matters_only_when_there_is_nobody_else(
+    start_seed: StartSeed, omni: Run, home: Path, source: tuple[str, SeedProcess]
+) -> None:
+    start_seed(home).event("ready")
+    cid, other = source
+    gone = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
+    assert omni("pin", cid, "--bootstrap", gone).returncode == 9
+    assert omni("pin", cid, "--bootstrap", gone, "--bootstrap", other.addr).returncode == 0
