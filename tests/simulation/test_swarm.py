@@ -52,6 +52,7 @@ def test_random_swarms(first: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_very_many_random_swarms() -> None:
     for seed in range(RUNS, RUNS + 20_000):
         simulation = Simulation(scenario_of(seed), seed)

@@ -211,7 +211,7 @@ def virtually(
             await test(Asker(network.node("asker"), pb), network)
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.002))
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.02))
     return events
 
 

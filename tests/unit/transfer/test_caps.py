@@ -39,7 +39,7 @@ def virtually(test: Callable[[VirtualNetwork], Awaitable[None]]) -> None:
             await test(VirtualNetwork(nursery, random.Random(1), LinkModel(bandwidth=1e9)))
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.002))
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.005))
 
 
 async def serving(network: VirtualNetwork, name: str, store: MemoryStore, pacer: Pacer) -> None:

@@ -250,7 +250,7 @@ def test_refused_and_nothing_left_behind(case: Case, tmp_path: Path) -> None:
 
     try:
         with pytest.raises((case.error, ExceptionGroup)) as caught:
-            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.002))
+            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.005))
         error = caught.value
         while isinstance(error, ExceptionGroup):
             (error,) = error.exceptions
