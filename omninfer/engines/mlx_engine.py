@@ -9,7 +9,7 @@ No batching over slots. Importing this module imports mlx; `omninfer.engines` do
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ from omninfer.engines.interface import (
     WhichLogits,
 )
 from omninfer.engines.mlx_weights import Array, Matrix, load_matrix, load_vector
-from omnistore.errors import LocalProtocolError
+from omninfer.engines.slots import SlottedStage
 
 CACHE_STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""
@@ -78,20 +78,13 @@ class SlotCache:
 
 
 @dataclass(slots=True)
-class MlxStage:
+class MlxStage(SlottedStage[SlotCache]):
     """A stage of the mlx engine."""
 
-    limits: StageLimits
     compute: Any
     matrices: dict[str, Matrix]
     vectors: dict[str, Array]
     nbytes: int
-    _caches: dict[int, SlotCache] = field(default_factory=dict)
-    _closed: bool = False
-
-    @property
-    def spec(self) -> StageSpec:
-        return self.limits.spec
 
     def forward(
         self, x: Tokens | Hidden, *, slot: int, position: int, logits: WhichLogits = "last"
@@ -117,39 +110,11 @@ class MlxStage:
         self._caches[slot] = cache
         return np.concatenate(outputs)
 
-    def length(self, slot: int) -> int:
-        self._check_open(slot)
-        return self._caches[slot].length if slot in self._caches else 0
-
-    def trim(self, slot: int, length: int) -> None:
-        self.limits.check_trim(length, self.length(slot))
-        if slot in self._caches:
-            self._caches[slot].length = length
-
-    def fork(self, src: int, dst: int) -> None:
-        self._check_open(src)
-        self._check_open(dst)
-        if src == dst:
-            return
-        self._caches.pop(dst, None)
-        if src in self._caches:
-            self._caches[dst] = self._caches[src].copy()
-
-    def drop(self, slot: int) -> None:
-        self._check_open(slot)
-        self._caches.pop(slot, None)
-
     def close(self) -> None:
-        self._closed = True
+        self._close_slots()
         self.matrices.clear()
         self.vectors.clear()
-        self._caches.clear()
         mx.clear_cache()
-
-    def _check_open(self, slot: int) -> None:
-        if self._closed:
-            raise LocalProtocolError("the stage is closed")
-        self.limits.check_slot(slot)
 
     def _head(self, h: Array) -> Array:
         model = self.spec.model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from omninfer.engines.interface import (
     WhichLogits,
 )
 from omninfer.engines.packing import F32, Bytes, decode
-from omnistore.errors import LocalProtocolError
+from omninfer.engines.slots import SlottedStage
 
 DECODED_LIMIT: Final = 128 << 20
 """A stage whose matrices take no more than this in float32 is decoded at load. Within what the engines'
@@ -113,20 +113,13 @@ class SlotCache:
 
 
 @dataclass(slots=True)
-class NumpyStage:
+class NumpyStage(SlottedStage[SlotCache]):
     """A stage of the numpy engine."""
 
-    limits: StageLimits
     matrices: dict[str, Matrix]
     vectors: dict[str, F32]
     threads: ThreadPoolExecutor
     nbytes: int
-    _caches: dict[int, SlotCache] = field(default_factory=dict)
-    _closed: bool = False
-
-    @property
-    def spec(self) -> StageSpec:
-        return self.limits.spec
 
     def forward(
         self, x: Tokens | Hidden, *, slot: int, position: int, logits: WhichLogits = "last"
@@ -150,39 +143,11 @@ class NumpyStage:
         self._caches[slot] = cache
         return np.concatenate(outputs)
 
-    def length(self, slot: int) -> int:
-        self._check_open(slot)
-        return self._caches[slot].length if slot in self._caches else 0
-
-    def trim(self, slot: int, length: int) -> None:
-        self.limits.check_trim(length, self.length(slot))
-        if slot in self._caches:
-            self._caches[slot].length = length
-
-    def fork(self, src: int, dst: int) -> None:
-        self._check_open(src)
-        self._check_open(dst)
-        if src == dst:
-            return
-        self._caches.pop(dst, None)
-        if src in self._caches:
-            self._caches[dst] = self._caches[src].copy()
-
-    def drop(self, slot: int) -> None:
-        self._check_open(slot)
-        self._caches.pop(slot, None)
-
     def close(self) -> None:
-        self._closed = True
+        self._close_slots()
         self.matrices.clear()
         self.vectors.clear()
-        self._caches.clear()
         self.threads.shutdown()
-
-    def _check_open(self, slot: int) -> None:
-        if self._closed:
-            raise LocalProtocolError("the stage is closed")
-        self.limits.check_slot(slot)
 
     def _enter(self, x: Tokens | Hidden) -> F32:
         if self.spec.embed:
