@@ -14,11 +14,11 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
 
-# A real Helia node against a seed, over Bitswap and the gateway; installs it, with Node 22, from npm.
+# Real js-libp2p and Helia nodes against ours; installs them, with Node 22, from npm.
 interop-js: $(STAMP)
 	cd tests/interop && npm install --silent --no-audit --no-fund --no-package-lock --no-save --ignore-scripts . \
 		node-$$(uname -s | tr A-Z a-z)-$$(uname -m | sed 's/x86_64/x64/;s/aarch64/arm64/')@22
-	$(BIN)/pytest -q tests/system/test_helia.py
+	$(BIN)/pytest -q tests/system/test_helia.py tests/system/test_js_libp2p.py
 
 # Crash loops and soaks that take minutes.
 test-slow: $(STAMP)
