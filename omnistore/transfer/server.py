@@ -147,13 +147,15 @@ class _Server:
                 nursery.start_soon(self._send, stream, number, outlet, nursery.cancel_scope)
                 nursery.start_soon(self._watch, number, outlet, nursery.cancel_scope)
                 await self._receive(stream, number, outlet)
+                # First: a reader that comes back from its thread must find no closed outlet.
+                del self.outlets[number]
                 outlet.send.close()
                 if outlet.reason is None:
                     nursery.cancel_scope.cancel()
                 nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
         finally:
             self.serving.close(number)
-            del self.outlets[number]
+            self.outlets.pop(number, None)
             self.lot.unpark_all()
             self.events(Served(stream.peer, outlet.blocks, outlet.bytes, outlet.reason))
             await (stream.aclose() if outlet.reason is None else stream.reset())
@@ -277,7 +279,9 @@ class _Server:
             for part in self.serving.polled:
                 bitmap = await trio.to_thread.run_sync(_held_of, self.store, part, limiter=self.threads)
                 for stream in self.serving.news(part, bitmap):
-                    self.outlets[stream].send.send_nowait(Holds(part, bitmap))
+                    outlet = self.outlets.get(stream)
+                    if outlet is not None:
+                        outlet.send.send_nowait(Holds(part, bitmap))
             pause = max(NEWS_EVERY, NEWS_SHARE * (trio.current_time() - started))
 
 
