@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow soak interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -23,6 +23,11 @@ interop-js: $(STAMP)
 # Crash loops and soaks that take minutes.
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
+
+# A swarm that is lived in, with deaths, a liar and a pest, for $(MINUTES); takes less than a core.
+MINUTES ?= 30
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak.soak --minutes $(MINUTES)
 
 # Coverage-guided, over what strangers' bytes reach first; says so where atheris is not installed.
 fuzz: $(STAMP)

@@ -21,6 +21,7 @@ import trio
 from omnistore.config import Config
 from omnistore.errors import StoreError
 from omnistore.http.metrics import Metric
+from omnistore.http.process import process_metrics
 from omnistore.net.metering import MeteredNetwork
 from omnistore.node import Announced, Node, NodeEvent
 from omnistore.pinning import Document, Site
@@ -193,6 +194,7 @@ class Daemon:
             counter("omni_evicted_bytes_total", "Bytes freed to stay under the disk cap.",
                     counted.bytes_evicted),
             gauge("omni_disk_free_bytes", "Bytes free on the disk of the home.", free),
+            *process_metrics(),
         ]  # fmt: skip
 
     async def _models(self) -> Sequence[ModelStatus]:
