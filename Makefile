@@ -61,6 +61,17 @@ bench-swarm: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory
 
+# Token ids against llama.cpp's, for every pre-tokenizer; PEERS is where llama-cpp-python is.
+PEERS ?= .peers
+.PHONY: parity-tokens
+parity-tokens: $(STAMP) $(PEERS)
+	PEERS=$(PEERS) $(BIN)/python -m tests.parity.tokens
+
+# Builds llama.cpp: minutes.
+.peers:
+	$(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+
 # Train the demo model again (minutes); the result is committed.
 demo-model: $(STAMP)
 	$(BIN)/python manifests/demo/train.py

@@ -3,6 +3,7 @@
     __init__       Tokenizer, the only public name besides StreamDecoder
     vocab          tokens, kinds, scores, special ids: checked once
     spm, bpe       the two families of merging
+    rawbpe         their cross: BPE on plain text (Gemma 4)
     pretokenizers  how each BPE model cuts text into words
     stream         decoding one id at a time
 
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import Final, Protocol
 
 from omninfer.tokenizer.bpe import ByteLevelBPE
-from omninfer.tokenizer.pretokenizers import pre_tokenizer
+from omninfer.tokenizer.pretokenizers import RAW, pre_tokenizer
+from omninfer.tokenizer.rawbpe import RawBPE
 from omninfer.tokenizer.spm import SentencePiece
 from omninfer.tokenizer.stream import StreamDecoder
-from omninfer.tokenizer.vocab import Facts, Family, TokenKind, Vocab
+from omninfer.tokenizer.vocab import SPECIAL_KINDS, Facts, Family, TokenKind, Vocab
 from omnistore.errors import InputError, MalformedGGUF, UnsupportedModel
 
 __all__ = ["StreamDecoder", "Tokenizer"]
@@ -32,6 +35,17 @@ MAX_TEXT = 1 << 24
 """Characters in one call of `encode`: far beyond any context, and a few seconds of work."""
 
 _SPACES = " \t\n\v\f\r"
+_OTHER_FAMILIES: Final = MappingProxyType(
+    {
+        "bert": "WordPiece, WPM",
+        "t5": "SentencePiece unigram, UGM",
+        "rwkv": "RWKV world",
+        "plamo2": "PLaMo 2",
+        "none": "no vocabulary",
+        "no_vocab": "no vocabulary",
+    }
+)
+"""What models name that llama.cpp knows and this module does not."""
 
 
 class _Merging(Protocol):
@@ -45,10 +59,9 @@ class Tokenizer:
     def __init__(self, vocab: Vocab, merging: _Merging) -> None:
         self._vocab = vocab
         self._merging = merging
-        special = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED)
         # Longest first: a token that contains another one wins.
         self._special = sorted(
-            ((text, i) for i, text in enumerate(vocab.texts) if vocab.kinds[i] in special),
+            ((text, i) for i, text in enumerate(vocab.texts) if vocab.kinds[i] in SPECIAL_KINDS),
             key=lambda pair: len(pair[0].encode()),
             reverse=True,
         )
@@ -59,16 +72,22 @@ class Tokenizer:
 
         Raises MalformedGGUF where the metadata is missing, contradicts itself or has the wrong
         types, and UnsupportedModel where it describes a kind of tokenizer that is not built in.
-        An unknown BPE pre-tokenizer is only a warning in the log: the default one stands in.
+        An unknown BPE pre-tokenizer is only a warning in the log, which names it: the default one
+        stands in.
         """
         facts = Facts(metadata)
+        pre_name = facts.text_untrusted("tokenizer.ggml.pre")
         match facts.text_untrusted("tokenizer.ggml.model"):
             case "llama":
                 spm = Family(bos=1, eos=2, unknown=0, add_bos=True, add_space_prefix=True)
                 vocab = Vocab.from_facts_untrusted(facts, spm)
                 return cls(vocab, SentencePiece(vocab))
+            case "gemma4":
+                return cls._raw_untrusted(facts, "gemma4")
+            case "gpt2" if pre_name in RAW:
+                return cls._raw_untrusted(facts, pre_name)
             case "gpt2":
-                pre = pre_tokenizer(facts.text_untrusted("tokenizer.ggml.pre"))
+                pre = pre_tokenizer(pre_name)
                 has_bos = "tokenizer.ggml.bos_token_id" in metadata
                 bpe = Family(None, None, None, add_bos=pre.add_bos and has_bos, add_space_prefix=False)
                 vocab = Vocab.from_facts_untrusted(facts, bpe)
@@ -79,10 +98,19 @@ class Tokenizer:
                     remedy="Convert the model again with its tokenizer files beside it.",
                 )
             case other:
+                kind = f" ({_OTHER_FAMILIES[other]})" if other in _OTHER_FAMILIES else ""
                 raise UnsupportedModel(
-                    f"the tokenizer {other[:40]!r} is not supported",
-                    remedy="SentencePiece (llama) and byte-level BPE (gpt2) vocabularies are.",
+                    f"the tokenizer {other[:40]!r}{kind} is not supported",
+                    remedy="SentencePiece (llama), byte-level BPE (gpt2) and Gemma 4's (gemma4) are.",
                 )
+
+    @classmethod
+    def _raw_untrusted(cls, facts: Facts, pre_name: str) -> Tokenizer:
+        # Gemma 4 needs BOS whatever its file says: llama.cpp found files that say otherwise by mistake.
+        always = pre_name in ("gemma4", "granite-embed-multi-311m")
+        family = Family(None, None, None, add_bos=False, add_space_prefix=False)
+        vocab = Vocab.from_facts_untrusted(facts, family, always_add_bos=always)
+        return cls(vocab, RawBPE.from_facts_untrusted(facts, vocab, whole_newlines=always))
 
     @property
     def vocab_size(self) -> int:
@@ -139,13 +167,17 @@ class Tokenizer:
         Control tokens are left out unless `special`. Bytes that are no UTF-8 come out as U+FFFD.
         Raises InputError for an id outside the vocabulary.
         """
-        return b"".join(self._piece(id_, special) for id_ in ids).decode(errors="replace")
+        return b"".join(self.piece(id_, special=special) for id_ in ids).decode(errors="replace")
 
     def stream(self, *, special: bool = False) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
-        return StreamDecoder(lambda id_: self._piece(id_, special))
+        return StreamDecoder(lambda id_: self.piece(id_, special=special))
 
-    def _piece(self, id_: int, special: bool) -> bytes:
+    def piece(self, id_: int, *, special: bool = False) -> bytes:
+        """The bytes of one token, which need not be whole characters.
+
+        Empty for a control token unless `special`. Raises InputError for an id outside the vocabulary.
+        """
         if not 0 <= id_ < len(self._vocab.texts):
             raise InputError(f"token {id_} is outside the vocabulary of {len(self._vocab.texts)}")
         if not special and self._vocab.kinds[id_] in (TokenKind.CONTROL, TokenKind.UNKNOWN):
@@ -165,9 +197,12 @@ class Tokenizer:
     def _cut(self, fragment: str | int, token: str, id_: int) -> list[str | int]:
         if isinstance(fragment, int):
             return [fragment]
-        first, *rest = fragment.split(token)
-        parts: list[str | int] = [first] if first else []
-        for between in rest:
-            kept = between.lstrip(_SPACES) if self._vocab.strip_after_special else between
-            parts += [id_, kept] if kept else [id_]
-        return parts
+        strips = id_ in self._vocab.stripping
+        parts: list[str | int] = []
+        start = 0
+        while (at := fragment.find(token, start)) >= 0:
+            parts += [fragment[start:at], id_] if at > start else [id_]
+            start = at + len(token)
+            while strips and fragment[start : start + 1] in _SPACES and start < len(fragment):
+                start += 1
+        return [*parts, fragment[start:]] if start < len(fragment) else parts

@@ -23,14 +23,14 @@ MAX_MERGES = 1 << 22
 """Twice the largest vocabulary that is read."""
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character that stands for each byte: itself where printable, else from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
-_BYTE_OF = {character: byte for byte, character in enumerate(_byte_characters())}
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
 
 
 class ByteLevelBPE:
@@ -51,18 +51,14 @@ class ByteLevelBPE:
     @classmethod
     def from_facts_untrusted(cls, facts: Facts, vocab: Vocab, pre: PreTokenizer) -> ByteLevelBPE:
         """Read the merges; raises MalformedGGUF only."""
-        lines = facts.strings_untrusted("tokenizer.ggml.merges", MAX_MERGES)
-        if lines is None:
-            raise MalformedGGUF("a BPE vocabulary needs tokenizer.ggml.merges")
+        merges = merges_untrusted(facts, vocab)
         missing = [character for character in _BYTE_OF if character not in vocab.ids]
         if missing:
             logger.warning("the vocabulary lacks %d of 256 byte tokens: such bytes are dropped", len(missing))
-        return cls(vocab, _usable_merges_untrusted(lines, vocab), pre)
+        return cls(vocab, merges, pre)
 
     def encode(self, text: str, *, after_special: bool) -> list[int]:
         """Ids of one run of ordinary text."""
-        if after_special and self._vocab.add_space_prefix:
-            text = " " + text
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -81,13 +77,18 @@ class ByteLevelBPE:
                 return text.encode()
 
 
-def _usable_merges_untrusted(lines: list[str], vocab: Vocab) -> list[tuple[str, str]]:
-    """The merges whose halves and union are tokens; of equal ones the first counts."""
+def merges_untrusted(facts: Facts, vocab: Vocab) -> list[tuple[str, str]]:
+    """The merges whose halves and union are tokens, in order; of equal ones the first counts."""
+    lines = facts.strings_untrusted("tokenizer.ggml.merges", MAX_MERGES)
+    if lines is None:
+        raise MalformedGGUF("a BPE vocabulary needs tokenizer.ggml.merges")
     ids = vocab.ids
     usable: dict[tuple[str, str], None] = {}
     for number, line in enumerate(lines):
-        left, space, right = line.partition(" ")
-        if not (left and space and right):
+        # From the second character on: a token may be a space where tokens are plain text.
+        space = line.find(" ", 1)
+        left, right = line[:space], line[space + 1 :]
+        if space < 0 or not right:
             raise MalformedGGUF(f"merge {number} is {line[:40]!r}, not two tokens with a space between them")
         if left in ids and right in ids and left + right in ids:
             usable[left, right] = None

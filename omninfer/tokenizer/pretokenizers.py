@@ -3,8 +3,9 @@ r"""How each BPE model cuts text into words before merging: `tokenizer.ggml.pre`
 The expressions of one entry apply one after the other; each cuts the pieces that the one before
 left into its matches and what lies between them. They are in Oniguruma's dialect (`tokenizers`
 runs them). `(?i:'s)` of the original models is spelled out as `'[sS]`, as in llama.cpp, so that
-U+017F does not match; where llama.cpp approximates \p{Lu} and \p{Ll}, the models' own expressions
-stand. Models whose cutting is no list of expressions (kimi-k2, afmoe, superbpe) are not here.
+U+017F does not match; where llama.cpp approximates (case beyond ASCII, marks, Han), the models' own
+expressions stand. Not here are models that count digits from the right (afmoe, superbpe, tiny_aya):
+as an expression that takes time with the square of the digits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Final
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,17 @@ _QWEN35 = (
 _SEED_CODER = rf"{_ENGLISH}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}"
 _BAILING = rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+"
 
+_EXAONE_MOE = (
+    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_UFAKZEKA = rf"{_WORD}|\p{{N}}|{_MARKS}|{_TAIL}"
+_MINICPM5 = rf"{_ENGLISH}|{_WORD}|\p{{N}}+|{_MARKS}|{_TAIL}"
+_SPACES = "".join(
+    rf"\s{{{count}}}(?!\S)|" for count in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2")
+)
+_JAIS2 = rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|\s*[\r\n]+|{_SPACES}\s"
+
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -49,6 +62,17 @@ _TEKKEN = (
 _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_NO_HAN = r"&&[^\p{Han}]]"
+_KIMI = (
+    rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER[:-1]}{_NO_HAN}*{_LOWER[:-1]}{_NO_HAN}+{_ENGLISH}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER[:-1]}{_NO_HAN}+{_LOWER[:-1]}{_NO_HAN}*{_ENGLISH}?"
+    rf"|\p{{N}}{{1,3}}|{_MARKS}|{_TAIL}"
+)
+_YOUTU = (
+    "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+    "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}"),
 )
 
 _DEEPSEEK3 = (
@@ -72,6 +96,10 @@ _CASED = (
     "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
     "\U0001e900-\U0001e943"
 )
+_SPARK = (
+    _DEEPSEEK3.replace(r"[\p{P}\p{S}]+[\r\n]*", r"[\p{P}\p{S}]+").removesuffix(_TAIL)
+    + r"[\r\n]|\s+(?!\S)|\s+"
+)
 _DEEPSEEK_LLM = (
     "[\r\n]",
     rf"\s?[{_CASED}]+",
@@ -93,15 +121,21 @@ def _table() -> Mapping[str, PreTokenizer]:
         ): (_GPT2,),
         "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
         "qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open grok-2 kormo f2llmv2": (_QWEN2,),
-        "dbrx smaug-bpe glm4 chatglm-bpe": (_LLAMA3,),
+        "laguna": ("[^\n]+|\n+", _QWEN2),
+        "ufakzeka": (_UFAKZEKA,),
+        "dbrx smaug-bpe chatglm-bpe": (_LLAMA3,),
+        "jais-2": (_JAIS2,),
+        "exaone-moe": (_EXAONE_MOE,),
         "qwen35": (_QWEN35,),
         "seed-coder": (_SEED_CODER,),
         "bailingmoe bailingmoe2 llada-moe": (_BAILING,),
         "deepseek-llm": _DEEPSEEK_LLM,
         "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-        "deepseek-v3 hunyuan-dense joyai-llm": (r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK3),
+        "deepseek-v3 hunyuan-dense joyai-llm hy_v4": (r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK3),
         "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
-        "gpt-4o llama4 kanana2 minimax-m2": (_GPT4O,),
+        "spark2_5": (r"\p{N}{1,3}", _HAN_KANA, _SPARK, r"\p{N}"),
+        "gpt-4o llama4 kanana2 talkie minimax-m2": (_GPT4O,),
+        "kimi-k2": (_KIMI,),
         "poro-chat bloom gpt3-finnish": (_BLOOM,),
         "viking": (_BLOOM, r"\p{N}"),
     }
@@ -109,12 +143,24 @@ def _table() -> Mapping[str, PreTokenizer]:
     llama3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
     llama3_names = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
     table |= dict.fromkeys(llama3_names.split(), llama3)
+    no_merges = {
+        "glm4 glm5": (_LLAMA3,),
+        "minicpm5": (r"\p{N}{1,3}", _MINICPM5),
+        "youtu": _YOUTU,
+        "granite-embed-multi-97m": (_GPT4O,),
+    }
+    for names, patterns in no_merges.items():
+        table |= {name: PreTokenizer(patterns, ignore_merges=True) for name in names.split()}
     table["tekken"] = PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)
     table["default"] = _DEFAULT
     return MappingProxyType(table)
 
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _table()
+
+
+RAW: Final = frozenset({"gemma4", "granite-embed-multi-311m", "sarvam-moe"})
+"""Names that stand for BPE on plain text, which is not cut into words (`omninfer.tokenizer.rawbpe`)."""
 
 
 def pre_tokenizer(name: str | None) -> PreTokenizer:

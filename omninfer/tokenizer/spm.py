@@ -20,6 +20,21 @@ SPACE = "▁"
 _BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+def plain_piece(vocab: Vocab, id_: int) -> bytes:
+    """The bytes that an id stands for where tokens are plain text."""
+    text = vocab.texts[id_]
+    match vocab.kinds[id_]:
+        case TokenKind.NORMAL:
+            return text.replace(SPACE, " ").encode()
+        case TokenKind.BYTE:
+            digits = _BYTE_TEXT.fullmatch(text)
+            return bytes.fromhex(digits[1]) if digits else text.encode()
+        case TokenKind.UNUSED | TokenKind.UNDEFINED:
+            return b""
+        case _:
+            return text.encode()
+
+
 class SentencePiece:
     """Merges by score over one vocabulary."""
 
@@ -62,17 +77,7 @@ class SentencePiece:
 
     def piece(self, id_: int) -> bytes:
         """The bytes that an id stands for."""
-        text = self._vocab.texts[id_]
-        match self._vocab.kinds[id_]:
-            case TokenKind.NORMAL:
-                return text.replace(SPACE, " ").encode()
-            case TokenKind.BYTE:
-                digits = _BYTE_TEXT.fullmatch(text)
-                return bytes.fromhex(digits[1]) if digits else text.encode()
-            case TokenKind.UNUSED | TokenKind.UNDEFINED:
-                return b""
-            case _:
-                return text.encode()
+        return plain_piece(self._vocab, id_)
 
     def _merge(self, text: str) -> list[str]:
         """Cut a text into tokens and single characters that are none."""

@@ -63,6 +63,10 @@ class TokenKind(IntEnum):
     BYTE = 6
 
 
+SPECIAL_KINDS = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED)
+"""Tokens that are looked for in a text before anything else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """Typed access to a GGUF's metadata; every fault is a MalformedGGUF that names the key."""
@@ -155,11 +159,11 @@ class Vocab:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    strip_after_special: bool
-    """Whitespace after a special token is dropped (Phi-3)."""
+    stripping: frozenset[int]
+    """Special tokens after which whitespace is dropped (Phi-3)."""
 
     @classmethod
-    def from_facts_untrusted(cls, facts: Facts, family: Family) -> Vocab:
+    def from_facts_untrusted(cls, facts: Facts, family: Family, *, always_add_bos: bool = False) -> Vocab:
         """Check and index a vocabulary; raises MalformedGGUF only."""
         texts = facts.strings_untrusted("tokenizer.ggml.tokens", MAX_TOKENS)
         if not texts:
@@ -171,7 +175,7 @@ class Vocab:
             raise MalformedGGUF(f"tokens {twice} and {ids[texts[twice]]} are both {texts[twice][:40]!r}")
         bos = _special_untrusted(facts, "bos", family.bos, len(texts))
         eos = _special_untrusted(facts, "eos", family.eos, len(texts))
-        add_bos = facts.flag_untrusted("tokenizer.ggml.add_bos_token", family.add_bos)
+        add_bos = facts.flag_untrusted("tokenizer.ggml.add_bos_token", family.add_bos) or always_add_bos
         add_eos = facts.flag_untrusted("tokenizer.ggml.add_eos_token", False)
         for wanted, id_, name in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
             if wanted and id_ is None:
@@ -180,7 +184,6 @@ class Vocab:
                 )
         kinds = _kinds_untrusted(facts, len(texts))
         eog = _end_of_generation_untrusted(facts, ids, kinds, eos)
-        model_name = (facts.text_untrusted("general.name") or "").lower()
         return cls(
             texts=texts,
             kinds=bytes(kinds),
@@ -193,8 +196,18 @@ class Vocab:
             add_bos=add_bos,
             add_eos=add_eos,
             add_space_prefix=facts.flag_untrusted("tokenizer.ggml.add_space_prefix", family.add_space_prefix),
-            strip_after_special="phi-3" in model_name or "phi3" in model_name,
+            stripping=_stripping_untrusted(facts, ids, kinds),
         )
+
+
+def _stripping_untrusted(facts: Facts, ids: dict[str, int], kinds: bytearray) -> frozenset[int]:
+    """Phi-3's special tokens but three; the file has no other mark of this than the model's name."""
+    name = (facts.text_untrusted("general.name") or "").lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    special = {id_ for id_, kind in enumerate(kinds) if kind in SPECIAL_KINDS}
+    special.update(ids[text] for text in ("</s>",) if text in ids)
+    return frozenset(special - {ids[text] for text in ("<unk>", "<s>", "<|endoftext|>") if text in ids})
 
 
 def _special_untrusted(facts: Facts, name: str, default: int | None, count: int) -> int | None:

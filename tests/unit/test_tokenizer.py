@@ -165,6 +165,30 @@ def test_pre_tokenizers_cut_where_their_models_do(pre: str, text: str, words: li
     assert [word for word, _ in cut.pre_tokenize_str(text)] == words
 
 
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        # Letters beyond ASCII have case, and marks go with their letters: llama.cpp knows neither here.
+        ("gpt-4o", "\u00e9cole\u00c9cole cafe\u0301s", ["\u00e9cole", "\u00c9cole", " cafe\u0301s"]),
+        ("tekken", "\u00e9cole\u00c9cole cafe\u0301s", ["\u00e9cole", "\u00c9cole", " cafe\u0301s"]),
+        ("kimi-k2", "ab\u4e2d\u6587Cd 1234", ["ab", "\u4e2d\u6587", "Cd", " ", "123", "4"]),
+        ("deepseek-llm", "\u2003em", ["\u2003", "em"]),  # its range for CJK begins at U+0800
+    ],
+)
+def test_the_models_own_expressions_stand(pre: str, text: str, words: list[str]) -> None:
+    test_pre_tokenizers_cut_where_their_models_do(pre, text, words)
+
+
+@pytest.mark.parametrize(
+    "pre", sorted({entry.patterns: name for name, entry in PRE_TOKENIZERS.items()}.values())
+)
+def test_no_pre_tokenizer_is_quadratic(pre: str) -> None:
+    tokenizer = bpe(pre=pre, bos_token_id=0)
+    for letter in (" ", "\n", "7", "a", "A", "\u4e2d", "!", "\u0301", "'s", " a", "\n "):
+        text = letter * 5_000
+        assert tokenizer.decode(tokenizer.encode(text, add_special=False, parse_special=False)) == text
+
+
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 def test_every_pre_tokenizer_keeps_every_character(pre: str) -> None:
     text = "I'LL go: 12345 ſ\u2029\t\n  中文かな한 e\u0301 🦙 <|x|> ÀÉ ǅ … ()`~"
@@ -313,10 +337,14 @@ def test_bad_bpe(fault: str) -> None:
         bpe(**changes)
 
 
-@pytest.mark.parametrize("model", ["bert", "t5", "rwkv", "x" * 5000])
-def test_other_families_are_unsupported(model: str) -> None:
-    with pytest.raises(UnsupportedModel, match=model[:40]):
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("bert", "WPM"), ("t5", "UGM"), ("rwkv", "RWKV"), ("plamo2", "PLaMo"), ("x" * 5000, "x")],
+)
+def test_other_families_are_unsupported(model: str, kind: str) -> None:
+    with pytest.raises(UnsupportedModel, match=model[:40]) as caught:
         spm(model=model)
+    assert kind in caught.value.message
 
 
 def test_odd_but_harmless_vocabularies() -> None:
