@@ -40,6 +40,11 @@ from omnistore.manifest import (
 
 Sink: TypeAlias = Callable[[Sequence[Placement]], None]
 """Takes the places of blocks, batch by batch, in file order, in the caller's thread."""
+Take: TypeAlias = Callable[[int, memoryview, int], None]
+"""Takes a block's bytes once they were hashed: (file number, bytes, offset in the file).
+
+Called from several threads, in no order; the bytes are gone when it returns. What it raises ends the cut.
+"""
 Progress: TypeAlias = Callable[[int], None]
 """Takes the bytes hashed since the last call. May raise, which ends the cut."""
 
@@ -121,12 +126,14 @@ def cut(
     sha256: bool = False,
     base: CID | None = None,
     sink: Sink | None = None,
+    take: Take | None = None,
     progress: Progress | None = None,
 ) -> CutResult:
     """Cut a model into blocks; `paths` are all its files, as `model_files` gives them.
 
-    Raises InputError (MalformedGGUF, UnsupportedGGUF) for files that can not be published and
-    SourceChanged when a file changes while it is read.
+    What `take` was given, with zeros everywhere else, is the files. Raises InputError (MalformedGGUF,
+    UnsupportedGGUF) for files that can not be published, SourceChanged when a file changes while it is
+    read, and what `sink`, `take` and `progress` raise.
     """
     with ExitStack() as stack:
         sources = [stack.enter_context(_opened(path)) for path in paths]
@@ -138,7 +145,7 @@ def cut(
         pool = ThreadPoolExecutor(_THREADS, "omni-cut")
         try:
             sums = [pool.submit(source.sha256) if sha256 else None for source in sources]
-            cids = _hash(pool, sources, layout, sink, progress)
+            cids = _hash(pool, sources, layout, (sink, take, progress))
             entries = [_entry(source, total) for source, total in zip(sources, sums, strict=True)]
         finally:
             pool.shutdown(cancel_futures=True)
@@ -189,13 +196,13 @@ def _hash(
     pool: ThreadPoolExecutor,
     sources: Sequence[_Source],
     layout: Layout,
-    sink: Sink | None,
-    progress: Progress | None,
+    listeners: tuple[Sink | None, Take | None, Progress | None],
 ) -> list[CID]:
-    """The CIDs of the layout's blocks, in its order; sink and progress are called on the way."""
+    """The CIDs of the layout's blocks, in its order; the listeners are called on the way."""
+    sink, take, progress = listeners
     batches = list(_batches(layout.extents))
     cids: list[CID] = []
-    tasks = pool.map(lambda batch: sources[batch[0][0].file].digests(batch), batches)
+    tasks = pool.map(lambda batch: sources[batch[0][0].file].digests(batch, take), batches)
     for batch, digests in zip(batches, tasks, strict=True):
         found = [CID.of_digest(RAW, digest) for digest in digests]
         cids += found
@@ -248,13 +255,15 @@ class _Source:
     def nonzero_gaps(self, header: GGUFHeader) -> list[Gap]:
         return [(offset, size) for offset, size in gaps(header, self.file.size) if self._any(offset, size)]
 
-    def digests(self, blocks: _Batch) -> list[bytes]:
+    def digests(self, blocks: _Batch, take: Take | None) -> list[bytes]:
         buffer = memoryview(bytearray(max(size for _, _, size in blocks)))
         found: list[bytes] = []
-        for _, offset, size in blocks:
+        for extent, offset, size in blocks:
             view = buffer[:size]
             self._read_into(view, offset)
             found.append(blake3(view).digest())
+            if take is not None:
+                take(extent.file, view, offset)
         return found
 
     def sha256(self) -> bytes:

@@ -1,26 +1,27 @@
 """Publishing files of this machine: cut, sign, and know where their blocks are.
 
 In place, the user's files stay what they are and where they are. Copied, they are taken in under
-the home first and the copy is what is cut, so that what is published is what we hold.
+the home while they are cut, from the same bytes in memory, so that what is published is what we hold.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from omnistore.chunker.cut import CutResult, SourceFile, cut, model_files
+from omnistore.chunker.cut import CutResult, Take, cut, model_files
 from omnistore.chunker.layout import Placement
 from omnistore.cid import CID
 from omnistore.config import sync_directory
-from omnistore.errors import SourceChanged
 from omnistore.keys import PrivateKey
 from omnistore.manifest import PartRef, SignedManifest
-from omnistore.store.disk import FileLock, check_room, copy_file, reported
+from omnistore.store.disk import FileLock, check_room, cloned, reported, reserved, write_at, written_through
 from omnistore.store.files import FileStore, write_nodes
 from omnistore.store.index import StoredFile, part_path
 from omnistore.store.interface import Model
@@ -66,7 +67,12 @@ def publish(
 
     Raises `InputError` and its leaves, `SourceChanged`, `StoreFull`, `StoreLocked`.
     """
-    cutting = partial(_cut, name=name, sha256=sha256, progress=progress)
+
+    def cutting(paths: Sequence[Path], take: Take | None = None) -> tuple[CutResult, list[Placement]]:
+        places: list[Placement] = []
+        result = cut(paths, name=name, sha256=sha256, sink=places.extend, take=take, progress=progress)
+        return result, places
+
     paths = model_files(path)
     if copy:
         return _publish_copy(store, paths, key, cutting)
@@ -78,19 +84,19 @@ def publish(
     return _enter(store, result, key, files, places)
 
 
-def _cut(
-    paths: Sequence[Path], *, name: str | None, sha256: bool, progress: Progress | None
-) -> tuple[CutResult, list[Placement]]:
-    places: list[Placement] = []
-    result = cut(paths, name=name, sha256=sha256, sink=places.extend, progress=progress)
-    return result, places
+class _Cutting(Protocol):
+    """`cut`, with what the caller of `publish` wants of it."""
+
+    def __call__(
+        self, paths: Sequence[Path], take: Take | None = None
+    ) -> tuple[CutResult, list[Placement]]: ...
 
 
 def _publish_copy(
     store: FileStore,
     paths: Sequence[Path],
     key: PrivateKey,
-    cutting: Callable[[Sequence[Path]], tuple[CutResult, list[Placement]]],
+    cutting: _Cutting,
 ) -> Published:
     tag = INCOMING + secrets.token_hex(8)
     directory = store.models_directory / tag
@@ -100,34 +106,54 @@ def _publish_copy(
                 directory.mkdir(mode=0o700, parents=True)
             needed = sum(path.stat().st_size for path in paths)
             check_room(directory, needed, store.config.disk_reserve, paths[0].name)
-            result, places = cutting([_copy(path, directory / path.name) for path in paths])
+            result, places = _cut_copying(cutting, paths, directory)
             with store.lock_model(result.node.cid, result.manifest.name):
-                return _take_in(store, result, key, places)
+                return _take_in(store, directory, result, key, places)
         finally:
             # What stays behind because this fails is deleted by the next garbage collection.
             shutil.rmtree(directory, ignore_errors=True)
             lock.remove()
 
 
-def _copy(source: Path, target: Path) -> Path:
-    before = source.stat()
-    copy_file(source, target)
-    after = source.stat()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise SourceChanged(
-            f"{source} changed while it was being copied", remedy="Add it again once it is complete."
-        )
-    return target
+def _cut_copying(
+    cutting: _Cutting, paths: Sequence[Path], directory: Path
+) -> tuple[CutResult, list[Placement]]:
+    """Cut, with durable copies in `directory`: shared extents, else written as they are read."""
+    copies = [directory / path.name for path in paths]
+    if cloned(paths[0], copies[0]) and all(
+        cloned(path, copy) for path, copy in zip(paths[1:], copies[1:], strict=True)
+    ):
+        return cutting(copies)
+    for copy in copies:
+        copy.unlink(missing_ok=True)
+    with reported(directory, "written"), _targets(copies, paths) as fds, written_through(fds):
+        result, places = cutting(paths, lambda file, data, offset: write_at(fds[file], data, offset))
+        for fd, source in zip(fds, result.sources, strict=True):
+            # It may have been opened a moment after its size was asked for.
+            os.ftruncate(fd, source.size)
+        return result, places
 
 
-def _take_in(store: FileStore, result: CutResult, key: PrivateKey, places: Sequence[Placement]) -> Published:
-    """Move copies to the model's directory; bytes first, then the index."""
+@contextmanager
+def _targets(copies: Sequence[Path], paths: Sequence[Path]) -> Iterator[list[int]]:
+    with ExitStack() as stack:
+        sizes = [path.stat().st_size for path in paths]
+        yield [stack.enter_context(reserved(copy, size)) for copy, size in zip(copies, sizes, strict=True)]
+
+
+def _take_in(
+    store: FileStore, copies: Path, result: CutResult, key: PrivateKey, places: Sequence[Placement]
+) -> Published:
+    """Move `copies` to the model's directory; bytes first, then the index."""
     directory = store.models_directory / str(result.node.cid)
-    files = [_owned(directory / source.path.name, source) for source in result.sources]
+    files = [
+        StoredFile(0, directory / source.path.name, source.size, 0, 0, True, False, False)
+        for source in result.sources
+    ]
     with reported(directory, "written"):
         directory.mkdir(mode=0o700, exist_ok=True)
-        for source, file in zip(result.sources, files, strict=True):
-            source.path.replace(file.path)
+        for file in files:
+            (copies / file.path.name).replace(file.path)
         sync_directory(directory)
         sync_directory(directory.parent)
         published = _enter(store, result, key, files, places)
@@ -135,10 +161,6 @@ def _take_in(store: FileStore, result: CutResult, key: PrivateKey, places: Seque
             # A fetch of the same model that had not ended: the index names the whole file now.
             part_path(file.path).unlink(missing_ok=True)
     return published
-
-
-def _owned(path: Path, source: SourceFile) -> StoredFile:
-    return StoredFile(0, path, source.size, 0, 0, owned=True, partial=False, lost=False)
 
 
 def _enter(

@@ -11,9 +11,6 @@ from typing import Final
 
 from omnistore.errors import StoreError
 
-VERSION: Final = 2
-"""`PRAGMA user_version` of an index that has every migration below."""
-
 _FIRST: Final = (
     # A GGUF file: the user's own (referenced in place) or ours (`owned`). `path` is the name it has when
     # whole; while `partial` it is called `path` + '.part'. `lost`: gone; its locations do not count.
@@ -82,6 +79,11 @@ _FIRST: Final = (
 # When blocks of a file were last read or written, in seconds since 1970: what eviction goes by.
 _SECOND: Final = ("ALTER TABLE files ADD COLUMN used INTEGER NOT NULL DEFAULT 0",)
 
+_MIGRATIONS: Final = (_FIRST, _SECOND)
+"""From one version to the next."""
+VERSION: Final = len(_MIGRATIONS)
+"""`PRAGMA user_version` of an index that has every migration."""
+
 
 def prepare(connection: sqlite3.Connection, path: str) -> None:
     """Bring the index at `path` up to date. Raises `StoreError` for one made by a newer release.
@@ -95,24 +97,20 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
             remedy="Upgrade omni, or set OMNI_HOME to another directory.",
         )
     if version < VERSION:
-        _migrate(connection)
+        _migrate(connection, version)
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
-    # sqlite_utils takes 0.1 s to import and an index that is up to date does not need it.
-    from sqlite_utils import Database, Migrations
-
-    migrations = Migrations("omni")
-
-    @migrations(name="0001_first")  # type: ignore[untyped-decorator]  # sqlite_utils ships no types we read
-    def first(database: Database) -> None:
-        for statement in _FIRST:
-            database.execute(statement)
-
-    @migrations(name="0002_last_use")  # type: ignore[untyped-decorator]  # as above
-    def second(database: Database) -> None:
-        for statement in _SECOND:
-            database.execute(statement)
-
-    migrations.apply(Database(connection))
-    connection.execute(f"PRAGMA user_version = {VERSION}")
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Everything that came after `version`, in one transaction: one wait for the disk, all or nothing."""
+    # Not sqlite_utils' migrations: spec/decisions/0007.
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statements in _MIGRATIONS[version:]:
+            for statement in statements:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise

@@ -1,13 +1,17 @@
-"""How fast a GGUF is cut, as a ratio to one-thread BLAKE3 in the same run, and how long a header takes.
+"""How fast a GGUF is cut and added, as ratios to one-thread BLAKE3 in the same run; how long a header takes.
 
     python -m tests.bench.bench_cut [MIB]
 
-Rounds alternate between cutting and bare hashing, so that busy neighbours slow both; the best of
+`omni add` is the whole process, from starting Python, in a new home each time; a copy is on the disk when it
+ends. Rounds alternate between cutting and bare hashing, so that busy neighbours slow both; the best of
 each counts. Figures are MB/s of 1e6 bytes, from the page cache.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +30,8 @@ MIB = 1 << 20
 ROUNDS = 5
 TENSOR = 8 * MIB
 CUT_TARGET = 0.9
+ADD_TARGET = 0.9
+COPY_TARGET = 0.5
 HEADER_TARGET_SECONDS = 0.15
 TOKENS, MERGES = 128_256, 280_147
 """The size of Llama 3's vocabulary."""
@@ -47,6 +53,14 @@ def hash_plainly(path: Path) -> None:
     total.digest()
 
 
+def omni_add(home: Path, path: Path, *options: str) -> float:
+    """Seconds of a whole `omni add` in a new home."""
+    shutil.rmtree(home, ignore_errors=True)
+    command = [sys.executable, "-m", "omnistore.cli.main", "add", "--quiet", *options, str(path)]
+    environ = {**os.environ, "OMNI_HOME": str(home)}
+    return seconds(lambda: subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True))
+
+
 def bench_cut(directory: Path, size: int) -> None:
     pool = pseudo_random("bench", TENSOR + size // TENSOR)
     path = directory / "bench.gguf"
@@ -56,13 +70,25 @@ def bench_cut(directory: Path, size: int) -> None:
     ]
     path.write_bytes(TinyGGUF(tensors).build())
     total = path.stat().st_size / 1e6
-    hashing, cutting = [], []
+    home = directory / "home"
+    hashing, cutting, adding, copying = [], [], [], []
     for _ in range(ROUNDS):
         hashing.append(seconds(lambda: hash_plainly(path)))
         cutting.append(seconds(lambda: cut([path])))
+        adding.append(omni_add(home, path))
+        copying.append(omni_add(home, path, "--copy"))
+    shutil.rmtree(home)
     limit, ours = total / min(hashing), total / min(cutting)
     print(f"one-thread BLAKE3   {limit:7.0f} MB/s")
     print(f"cut in place        {ours:7.0f} MB/s   {ours / limit:.2f} of BLAKE3 (target {CUT_TARGET})")
+    for what, taken, target in (
+        ("omni add", min(adding), ADD_TARGET),
+        ("omni add --copy", min(copying), COPY_TARGET),
+    ):
+        speed = total / taken
+        print(
+            f"{what:<19} {speed:7.0f} MB/s   {speed / limit:.2f} of BLAKE3 (target {target})  {taken:.2f} s"
+        )
 
     placements: list[Placement] = []
     cut([path], sink=placements.extend)

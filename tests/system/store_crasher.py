@@ -95,8 +95,6 @@ def child(command: dict[str, Any], answer: int) -> None:
 
 
 def main() -> None:
-    import sqlite_utils  # noqa: F401  loaded once here instead of in every child
-
     for line in sys.stdin:
         reading, writing = os.pipe()
         pid = os.fork()
