@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -72,11 +73,26 @@ def seed(
         raise BadConfig(
             "--allow is about --compute, which was not given", remedy="Add --compute, or drop it."
         )
+    _check_compute(compute, allow)
     settings = config(listen=listen, bootstrap=bootstrap, announce=announce, **caps)
     # The network takes half a second to import: not for `omni seed --help`.
     import trio
 
     trio.run(_run, output, _Seed(settings, compute, allow))
+
+
+def _check_compute(compute: float | None, allow: Sequence[str]) -> None:
+    """Before anything starts: a seed that says it is ready lends what it was told to."""
+    from omnistore.net.addresses import is_peer_id
+
+    if compute is not None and not math.isfinite(compute):
+        raise BadConfig(f"--compute={compute} is not a number of gigabytes", remedy="Say --compute=8.")
+    for peer in allow:
+        if peer != "any" and not is_peer_id(peer):
+            raise BadConfig(
+                f"--allow {peer[:80]!r} is not a peer ID",
+                remedy="`omni id` on that machine prints it; or say any.",
+            )
 
 
 def default_listen() -> tuple[str, ...]:
