@@ -67,6 +67,11 @@ PEERS ?= .peers
 parity-tokens: $(STAMP) $(PEERS)
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.tokens
 
+# Every architecture × type × engine against llama.cpp's logits; minutes.
+.PHONY: parity
+parity: $(STAMP) $(PEERS)
+	PEERS=$(PEERS) $(BIN)/python -m tests.parity.logits
+
 # Builds llama.cpp: minutes.
 .peers:
 	$(PYTHON) -m venv .peers

@@ -6,12 +6,14 @@ checked here, so that an engine's own code may assume that shapes, types and pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Final
 
 import numpy as np
 
+from omninfer.arch import Feature, ModelSpec
 from omninfer.engines.interface import (
     Hidden,
     StageSpec,
@@ -20,7 +22,7 @@ from omninfer.engines.interface import (
     WhichLogits,
     tensors_needed,
 )
-from omninfer.engines.packing import F32, SUPPORTED, Bytes, decode
+from omninfer.engines.packing import DECODABLE, F32, SUPPORTED, Bytes, decode
 from omnistore.chunker.ggml import nbytes
 from omnistore.errors import InferenceError, InputError, LocalProtocolError, MalformedGGUF, UnsupportedModel
 
@@ -38,8 +40,9 @@ class PackedTensor:
 
     name: str
     kind: str
-    """Name of the ggml type, one of `packing.SUPPORTED`."""
+    """Name of the ggml type, one of those that the engine asked for."""
     rows: int
+    """Of a matrix; of a tensor of experts those of all experts, one expert's after the other's."""
     columns: int
     is_vector: bool
     """A norm's weight or a bias; everything else is a matrix."""
@@ -64,8 +67,20 @@ class PackedTensor:
         return weights[0] if self.is_vector else weights
 
 
-def check_tensors(spec: StageSpec, source: TensorSource) -> dict[str, PackedTensor]:
-    """Every tensor of a stage with its type and shape verified; reads no weights.
+def check_features(model: ModelSpec, known: Feature, engine: str) -> None:
+    """Refuse a model that needs what an engine has not."""
+    lacking = [str(feature.name) for feature in model.features & ~known]
+    if lacking:
+        raise UnsupportedModel(
+            f"the engine {engine} has no {', '.join(lacking)}, which {model.architecture} needs",
+            remedy="try --engine numpy",
+        )
+
+
+def check_tensors(
+    spec: StageSpec, source: TensorSource, kinds: Collection[str] = SUPPORTED
+) -> dict[str, PackedTensor]:
+    """Every tensor of a stage with its type (one of `kinds`) and shape verified; reads no weights.
 
     The largest come first: what an engine holds twice while it repacks a tensor then never comes on top
     of everything else.
@@ -76,10 +91,11 @@ def check_tensors(spec: StageSpec, source: TensorSource) -> dict[str, PackedTens
         if name not in held:
             raise MalformedGGUF(f"tensor {name} is missing", remedy="fetch the parts of this stage first")
         kind, shape = source.info(name)
-        if kind.name not in SUPPORTED:
+        if kind.name not in kinds:
+            elsewhere = " (the engine numpy can)" if kind.name in DECODABLE else ""
             raise UnsupportedModel(
-                f"tensor {name} has type {kind.name}, which no engine here can use",
-                remedy=f"supported types: {', '.join(SUPPORTED)}",
+                f"tensor {name} has type {kind.name}, which this engine can not use{elsewhere}",
+                remedy=f"supported types: {', '.join(kinds)}",
             )
         expected = spec.model.tensor_shape(name)
         if shape != expected:
@@ -88,7 +104,7 @@ def check_tensors(spec: StageSpec, source: TensorSource) -> dict[str, PackedTens
             size = nbytes(kind, shape)
         except ValueError as error:
             raise MalformedGGUF(f"tensor {name}: {error}") from None
-        rows = shape[1] if len(shape) > 1 else 1
+        rows = prod(shape[1:])
         tensors[name] = PackedTensor(name, kind.name, rows, shape[0], len(shape) == 1, size)
     return dict(sorted(tensors.items(), key=lambda item: -item[1].nbytes))
 

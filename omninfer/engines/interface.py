@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, ModelSpec
+from omninfer.arch import EMBEDDING, HEAD_NORM, ModelSpec
 from omnistore.chunker.ggml import GGMLType
 from omnistore.errors import InputError
 
@@ -80,8 +80,8 @@ def tensors_needed(spec: StageSpec) -> tuple[str, ...]:
     names: list[str] = []
     if spec.embed:
         names.append(EMBEDDING)
-    if spec.first < spec.last and model.rope.has_freqs:
-        names.append(ROPE_FREQS)
+    if spec.first < spec.last:
+        names.extend(model.model_tensors())
     suffixes = model.layer_suffixes()
     names.extend(f"blk.{n}.{suffix}" for n in range(spec.first, spec.last) for suffix in suffixes)
     if spec.head:

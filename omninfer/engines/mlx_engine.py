@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
-from omninfer.engines.checks import StageLimits, check_tensors
+from omninfer.engines.checks import StageLimits, check_features, check_tensors
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -30,6 +30,10 @@ from omninfer.engines.interface import (
 from omninfer.engines.mlx_weights import Array, Matrix, load_matrix, load_vector
 from omninfer.engines.slots import SlottedStage
 
+FEATURES: Final = (
+    Feature.QKV_BIAS | Feature.OUTPUT_BIAS | Feature.QK_NORM | Feature.FFN_BIAS | Feature.ROPE_FREQS
+)
+"""What this engine knows of transformer blocks."""
 CACHE_STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""
 FREED_LIMIT: Final = 64 << 20
@@ -204,6 +208,7 @@ class MlxEngine:
         progress: Progress | None = None,
     ) -> MlxStage:
         limits = StageLimits(spec, context, slots)
+        check_features(spec.model, FEATURES, self.name)
         tensors = check_tensors(spec, source)
         if not self.accelerated():
             mx.set_cache_limit(FREED_LIMIT)

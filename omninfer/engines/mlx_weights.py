@@ -3,11 +3,12 @@
 Every quantisation of `packing` becomes codes that `mx.quantized_matmul` reads as they are, so no weight is
 ever decoded in memory. MLX wants w = scale * code + bias with groups of 32 along a row:
 
-- groups of 32 (all but Q6_K): scale as it is, bias = -zero * scale - minimum;
-- Q6_K has groups of 16, which MLX lacks. Each group of 32 codes gets the scales of both its halves, and a
-  product is two: one with the first scales and x zeroed in the second halves, one the other way round. It
-  costs twice the time, on the few tensors that are Q6_K in common files, and 8.0 bits a weight instead of
-  6.6; decoding to float16 would take 16.
+- groups of 32 (most types): scale as it is, bias = -zero * scale - minimum;
+- Q2_K, Q3_K and Q6_K have groups of 16, which MLX lacks. Each group of 32 codes gets the scales of both its
+  halves, and a product is two: one with the first scales and x zeroed in the second halves, one the other
+  way round. It costs twice the time and 4.0, 5.0 and 8.0 bits a weight instead of 2.6, 3.4 and 6.6; decoding to float16
+  would take 16;
+- IQ4 and MXFP4 have uneven steps: the steps are the codes, in 8 and 5 bits.
 
 Scales and biases are float16 wherever that loses no more than rounding to a half does (`_Buffer.fill`):
 exact for Q4_0 … Q8_0, whose scales are halfs in the file, and within 2**-11 of the tensor's largest for
@@ -207,7 +208,8 @@ def _load_quantised(tensor: PackedTensor, source: TensorSource, compute: Any, sc
         codes.fill(rows, pack_codes(groups.codes, bits))
         for half in range(halves):
             scale = groups.scales[:, half::halves]
-            bias = -groups.zero * scale if groups.minimums is None else -groups.minimums
+            minimums = groups.minimums
+            bias = -groups.zero * scale if minimums is None else -minimums[:, half::halves]
             scales[half].fill(rows, scale)
             biases[half].fill(rows, bias)
     packed_codes = codes.array()
@@ -225,7 +227,7 @@ def pack_codes(codes: Bytes, bits: int) -> NDArray[np.uint32]:
         packed = codes
     elif bits == 4:
         packed = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
-    else:  # 5 or 6 bits: eight codes are `bits` whole bytes
+    else:  # 2, 3, 5 or 6 bits: eight codes are `bits` whole bytes
         words = np.zeros((rows, codes.shape[1] // 8), dtype="<u8")
         for i in range(8):
             words |= codes[:, i::8].astype(np.uint64) << np.uint64(bits * i)

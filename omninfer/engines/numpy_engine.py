@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
+from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec, Rope
 from omninfer.engines.blas import limit_blas_to_one_thread
-from omninfer.engines.checks import PackedTensor, StageLimits, check_tensors
+from omninfer.engines.checks import StageLimits, check_tensors
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -27,61 +27,28 @@ from omninfer.engines.interface import (
     Tokens,
     WhichLogits,
 )
-from omninfer.engines.packing import F32, Bytes, decode
+from omninfer.engines.numpy_math import (
+    activated,
+    capped,
+    rms_norm,
+    rope_angles,
+    rotate,
+    route,
+    sigmoid,
+    softmax,
+    softmax_with_sink,
+)
+from omninfer.engines.numpy_weights import DecodedMatrix, Matrix, packed_matrix
+from omninfer.engines.packing import DECODABLE, F32
 from omninfer.engines.slots import SlottedStage
 
 DECODED_LIMIT: Final = 128 << 20
 """A stage whose matrices take no more than this in float32 is decoded at load. Within what the engines'
 memory rule (1.3 x packed + 300 MB) leaves beside the interpreter and the caches."""
-SLAB_WEIGHTS: Final = 1 << 18
-"""Weights decoded at a time in a product: 1 MB of float32 stays in a core's cache."""
 MAX_THREADS: Final = min(8, os.cpu_count() or 1)
 """Beyond these the memory's bandwidth is the limit."""
 CACHE_STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""
-
-
-class Matrix(Protocol):
-    """A weight matrix [outputs, inputs], however it is held."""
-
-    def product(self, x: F32) -> F32:
-        """x @ matrix.T"""
-
-    def rows(self, index: Tokens) -> F32: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedMatrix:
-    weights: F32
-
-    def product(self, x: F32) -> F32:
-        return x @ self.weights.T
-
-    def rows(self, index: Tokens) -> F32:
-        return self.weights[index]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMatrix:
-    kind: str
-    packed: Bytes
-    columns: int
-    threads: ThreadPoolExecutor
-
-    def product(self, x: F32) -> F32:
-        out = np.empty((len(x), len(self.packed)), dtype=np.float32)
-        step = max(1, SLAB_WEIGHTS // self.columns)
-
-        def multiply(start: int) -> None:
-            slab = decode(self.kind, self.packed[start : start + step])
-            np.matmul(x, slab.T, out=out[:, start : start + step])
-
-        for _ in self.threads.map(multiply, range(0, len(self.packed), step)):
-            pass  # map raises here what a slab raised
-        return out
-
-    def rows(self, index: Tokens) -> F32:
-        return decode(self.kind, self.packed[index])
 
 
 @dataclass(slots=True)
@@ -137,7 +104,7 @@ class NumpyStage(SlottedStage[SlotCache]):
             if self.spec.head:
                 h = h[self.limits.head_rows(logits, piece, len(x))]
                 h = rms_norm(h, self.vectors[HEAD_NORM], model.norm_eps)
-                h = self.matrices[model.head_tensor].product(h)
+                h = capped(self.matrices[model.head_tensor].product(h), model.logit_cap)
             outputs.append(h)
         cache.length = held + len(x)
         self._caches[slot] = cache
@@ -151,88 +118,109 @@ class NumpyStage(SlottedStage[SlotCache]):
 
     def _enter(self, x: Tokens | Hidden) -> F32:
         if self.spec.embed:
-            return self.matrices[EMBEDDING].rows(x.astype(np.int32, copy=False))
+            rows = self.matrices[EMBEDDING].rows(x.astype(np.int32, copy=False))
+            return rows * np.float32(self.spec.model.embedding_scale)
         return x.astype(np.float32, copy=False)
 
     def _layer(self, index: int, h: F32, cache: SlotCache, start: int) -> F32:
         """One transformer block over tokens start, start+1, … of a slot."""
-        prefix = f"blk.{self.spec.first + index}."
-        eps = self.spec.model.norm_eps
-        x = rms_norm(h, self.vectors[prefix + "attn_norm.weight"], eps)
-        h = h + self._attention(prefix, x, cache.keys[index], cache.values[index], start)
-        x = rms_norm(h, self.vectors[prefix + "ffn_norm.weight"], eps)
-        gated = silu(self._linear(prefix + "ffn_gate", x)) * self._linear(prefix + "ffn_up", x)
-        return h + self._linear(prefix + "ffn_down", gated)
+        model, prefix = self.spec.model, f"blk.{self.spec.first + index}."
+        x = self._norm(prefix + "attn_norm", h)
+        added = self._attention(index, x, cache, start)
+        if Feature.POST_NORMS in model.features:
+            added = self._norm(prefix + "post_attention_norm", added)
+        h = h + added
+        x = self._norm(prefix + model.ffn_norm.removesuffix(".weight"), h)
+        added = self._experts(prefix, x) if model.experts else self._feed_forward(prefix, "", x)
+        if Feature.POST_NORMS in model.features:
+            added = self._norm(prefix + "post_ffw_norm", added)
+        return h + added
 
-    def _attention(self, prefix: str, x: F32, keys: F32, values: F32, start: int) -> F32:
-        model, count = self.spec.model, len(x)
-        stop = start + count
-        q = self._linear(prefix + "attn_q", x).reshape(count, model.heads, model.head_dim)
-        k = self._linear(prefix + "attn_k", x).reshape(count, model.kv_heads, model.head_dim)
-        v = self._linear(prefix + "attn_v", x).reshape(count, model.kv_heads, model.head_dim)
-        if Feature.QK_NORM in model.features:
-            q = rms_norm(q, self.vectors[prefix + "attn_q_norm.weight"], model.norm_eps)
-            k = rms_norm(k, self.vectors[prefix + "attn_k_norm.weight"], model.norm_eps)
-        angles = rope_angles(model, start, count, self.vectors.get(ROPE_FREQS))
-        keys[:, start:stop] = rotate(k, angles, model).transpose(1, 0, 2)
+    def _attention(self, index: int, x: F32, cache: SlotCache, start: int) -> F32:
+        model, layer, count = self.spec.model, self.spec.first + index, len(x)
+        prefix, stop, rope = f"blk.{layer}.", start + count, model.rope_of(layer)
+        keys, values = cache.keys[index], cache.values[index]
+        q, k, v = self._queries_keys_values(prefix, x)
+        angles = rope_angles(rope, start, count, self._divisors(rope))
+        keys[:, start:stop] = rotate(k, angles, rope).transpose(1, 0, 2)
         values[:, start:stop] = v.transpose(1, 0, 2)
         # Neighbouring query heads share a key/value head: [kv heads, queries of a head, tokens, head dim].
         grouped = (
-            rotate(q, angles, model).transpose(1, 0, 2).reshape(model.kv_heads, -1, count, model.head_dim)
+            rotate(q, angles, rope).transpose(1, 0, 2).reshape(model.kv_heads, -1, count, model.head_dim)
         )
-        scores = grouped @ keys[:, None, :stop].swapaxes(-1, -2) / np.float32(np.sqrt(model.head_dim))
-        future = np.arange(stop) > np.arange(start, stop)[:, None]
-        scores[..., future] = -np.inf
-        mixed = softmax(scores) @ values[:, None, :stop]
+        scores = grouped @ keys[:, None, :stop].swapaxes(-1, -2) * np.float32(model.attention_scale)
+        scores = capped(scores, model.attention_cap)
+        distance = np.arange(start, stop)[:, None] - np.arange(stop)
+        window = model.window_of(layer) or stop
+        scores[..., (distance < 0) | (distance >= window)] = -np.inf
+        if Feature.SINKS in model.features:
+            weights = softmax_with_sink(scores, self.vectors[prefix + "attn_sinks.weight"])
+        else:
+            weights = softmax(scores)
+        mixed = weights @ values[:, None, :stop]
         joined = mixed.reshape(model.heads, count, model.head_dim).transpose(1, 0, 2).reshape(count, -1)
         return self._linear(prefix + "attn_output", joined)
+
+    def _queries_keys_values(self, prefix: str, x: F32) -> tuple[F32, F32, F32]:
+        """Each [tokens, heads, head dim], not rotated yet."""
+        model, count = self.spec.model, len(x)
+        if Feature.FUSED_QKV in model.features:
+            edges = [model.q_width, model.q_width + model.kv_width]
+            parts = np.split(self._linear(prefix + "attn_qkv", x), edges, axis=-1)
+        else:
+            parts = [self._linear(prefix + name, x) for name in ("attn_q", "attn_k", "attn_v")]
+        q, k, v = (part.reshape(count, -1, model.head_dim) for part in parts)
+        if Feature.QK_NORM in model.features:
+            q, k = self._norm(prefix + "attn_q_norm", q), self._norm(prefix + "attn_k_norm", k)
+        return q, k, v
+
+    def _divisors(self, rope: Rope) -> F32 | None:
+        name = rope.divisors(self.limits.context)
+        return None if name is None else self.vectors[name]
+
+    def _feed_forward(self, prefix: str, kind: str, x: F32) -> F32:
+        """The dense feed-forward, or that of the shared expert (`_shexp`)."""
+        features = self.spec.model.features
+        up = self._linear(f"{prefix}ffn_up{kind}", x)
+        if Feature.FUSED_GATE_UP in features:
+            gated, up = np.split(up, 2, axis=-1)
+        else:
+            gated = self._linear(f"{prefix}ffn_gate{kind}", x)
+        return self._linear(f"{prefix}ffn_down{kind}", activated(features, gated, up))
+
+    def _experts(self, prefix: str, x: F32) -> F32:
+        """Each token through the experts that its router picks; only those are decoded."""
+        model = self.spec.model
+        assert model.experts is not None
+        chosen, weights = route(self._linear(prefix + "ffn_gate_inp", x), model.experts)
+        out = np.zeros_like(x)
+        for expert in np.unique(chosen):
+            tokens, place = np.nonzero(chosen == expert)
+            own = x[tokens]
+            gated, up = (self._of_expert(prefix + name, expert, own) for name in ("ffn_gate", "ffn_up"))
+            answer = self._of_expert(prefix + "ffn_down", expert, activated(model.features, gated, up))
+            out[tokens] += answer * weights[tokens, place, None]
+        if Feature.SHARED_EXPERT in model.features:
+            shared = self._feed_forward(prefix, "_shexp", x)
+            opened = sigmoid(x @ self.vectors[prefix + "ffn_gate_inp_shexp.weight"])
+            out += shared * opened[:, None]
+        return out
+
+    def _of_expert(self, name: str, expert: int, x: F32) -> F32:
+        matrix = self.matrices[f"{name}_exps.weight"]
+        assert self.spec.model.experts is not None
+        rows = self.spec.model.tensor_shape(f"{name}_exps.weight")[1]
+        y = matrix.part(slice(expert * rows, (expert + 1) * rows)).product(x)
+        biases = self.matrices.get(f"{name}_exps.bias")
+        return y if biases is None else y + biases.rows(np.array([expert]))
+
+    def _norm(self, name: str, x: F32) -> F32:
+        return rms_norm(x, self.vectors[name + ".weight"], self.spec.model.norm_eps)
 
     def _linear(self, name: str, x: F32) -> F32:
         y = self.matrices[name + ".weight"].product(x)
         bias = self.vectors.get(name + ".bias")
         return y if bias is None else y + bias
-
-
-def rms_norm(x: F32, weight: F32, eps: float) -> F32:
-    scale = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
-    normed: F32 = x / scale * weight
-    return normed
-
-
-def silu(x: F32) -> F32:
-    with np.errstate(over="ignore"):  # exp(-x) becomes infinite and the quotient 0, as it should
-        gated: F32 = x / (1 + np.exp(-x))
-    return gated
-
-
-def softmax(x: F32) -> F32:
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    weights: F32 = e / e.sum(axis=-1, keepdims=True)
-    return weights
-
-
-def rope_angles(model: ModelSpec, start: int, count: int, divisors: F32 | None) -> F32:
-    """[tokens, dims / 2], computed in float64: angles grow with the position."""
-    rope = model.rope
-    frequencies = rope.base ** (-np.arange(0, rope.dims, 2) / rope.dims) / rope.factor
-    if divisors is not None:
-        frequencies = frequencies / divisors
-    return (np.arange(start, start + count)[:, None] * frequencies).astype(np.float32)
-
-
-def rotate(x: F32, angles: F32, model: ModelSpec) -> F32:
-    """Turn the pairs of the leading `rope.dims` elements of each head: x is [tokens, heads, head dim]."""
-    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
-    dims = model.rope.dims
-    if model.rope.kind is RopeKind.INTERLEAVED:
-        first, second = slice(0, dims, 2), slice(1, dims, 2)
-    else:
-        first, second = slice(0, dims // 2), slice(dims // 2, dims)
-    a, b = x[..., first], x[..., second]
-    out = x.copy()
-    out[..., first] = a * cos - b * sin
-    out[..., second] = a * sin + b * cos
-    return out
 
 
 class NumpyEngine:
@@ -256,7 +244,7 @@ class NumpyEngine:
         progress: Progress | None = None,
     ) -> NumpyStage:
         limits = StageLimits(spec, context, slots)
-        tensors = check_tensors(spec, source)
+        tensors = check_tensors(spec, source, DECODABLE)
         limit_blas_to_one_thread()
         threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="numpy-stage")
         total = sum(t.nbytes for t in tensors.values())
@@ -270,18 +258,11 @@ class NumpyEngine:
             elif decoded or tensor.kind == "F32":
                 matrices[name] = DecodedMatrix(tensor.decoded(source))
             else:
-                matrices[name] = _packed(tensor, source, threads)
+                matrices[name] = packed_matrix(tensor, source, threads)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
         return NumpyStage(limits, matrices, vectors, threads, total)
-
-
-def _packed(tensor: PackedTensor, source: TensorSource, threads: ThreadPoolExecutor) -> PackedMatrix:
-    packed = np.empty((tensor.rows, tensor.nbytes // tensor.rows), dtype=np.uint8)
-    for rows, slab in tensor.slabs(source):
-        packed[rows] = slab
-    return PackedMatrix(tensor.kind, packed, tensor.columns, threads)
 
 
 def engine() -> Engine:

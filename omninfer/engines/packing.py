@@ -9,8 +9,9 @@ with one `scale` (and perhaps one `minimum`) for each group of 16 or 32 weights 
 the order of operations of ggml's own reference, so that the float32 results are the same bits.
 Engines that can multiply packed weights repack `Groups`; the numpy engine decodes.
 
-Not here: types without such a form (IQ*, TQ*, MXFP4) and Q2_K/Q3_K; they are refused by name when a
-stage loads. Sizes of types are `omnistore.chunker.ggml`'s.
+Types whose codes stand for uneven steps (IQ4, MXFP4) have that form too, with the steps as codes. The
+lattice types (IQ1 to IQ3, TQ) have not: the gguf package decodes them (`DECODABLE`), and engines that
+multiply packed weights refuse them by name. Sizes of types are `omnistore.chunker.ggml`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import gguf
 import numpy as np
+from gguf import quants
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
@@ -132,15 +135,70 @@ def _q6_k(b: Bytes) -> Groups:
     return Groups(codes, 6, 32, _f16(b[..., 208:210]) * factors, None)
 
 
+def _q2_k(b: Bytes) -> Groups:
+    factors = b[..., :16]
+    scales = _f16(b[..., 80:82]) * (factors & _LOW).astype(np.float32)
+    minimums = _f16(b[..., 82:84]) * (factors >> _4).astype(np.float32)
+    return Groups(_crumbs(b[..., 16:80]), 2, 0, scales, minimums)
+
+
+def _crumbs(raw: Bytes) -> Bytes:
+    """[..., 64] bytes → [..., 256] codes of two bits: each 32 bytes hold four runs of 32."""
+    shifts = np.array([[0], [2], [4], [6]], dtype=np.uint8)
+    runs = raw.reshape(*raw.shape[:-1], 2, 1, 32) >> shifts & np.uint8(3)
+    return runs.reshape(*raw.shape[:-1], 256)
+
+
+def _q3_k(b: Bytes) -> Groups:
+    # The third bit of the codes of run r of 32 is bit r of the first 32 bytes.
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    third = (b[..., None, :32] >> shifts & np.uint8(1)) << np.uint8(2)
+    codes = _crumbs(b[..., 32:96]) | third.reshape(*b.shape[:-1], 256)
+    # 16 factors of six bits: low nibbles in 8 bytes, then top bits, four factors a byte.
+    top = (b[..., None, 104:108] >> np.array([[0], [2], [4], [6]], dtype=np.uint8)) & np.uint8(3)
+    factors = _nibbles(b[..., 96:104]) | top.reshape(*b.shape[:-1], 16) << _4
+    signed = factors.view(np.int8) - np.int8(32)
+    return Groups(codes, 3, 4, _f16(b[..., 108:110]) * signed.astype(np.float32), None)
+
+
+# What a code of four bits stands for, moved to be positive: the steps of IQ4, the floats of MXFP4 doubled.
+_IQ4_STEPS: Final = np.array(quants.IQ4_NL.kvalues, dtype=np.int8).view(np.uint8) ^ np.uint8(0x80)
+_E2M1_STEPS: Final = np.array(quants.MXFP4.kvalues, dtype=np.int8).view(np.uint8) + np.uint8(12)
+
+
+def _iq4_nl(b: Bytes) -> Groups:
+    return Groups(_IQ4_STEPS[_nibbles(b[..., 2:])], 8, 128, _f16(b[..., :2]), None)
+
+
+def _iq4_xs(b: Bytes) -> Groups:
+    low = b[..., 4:8, None] >> np.array([0, 4], dtype=np.uint8) & _LOW
+    top = b[..., 2:4, None] >> np.array([0, 2, 4, 6], dtype=np.uint8) & np.uint8(3)
+    factors = low.reshape(*b.shape[:-1], 8) | top.reshape(*b.shape[:-1], 8) << _4
+    signed = factors.view(np.int8) - np.int8(32)
+    codes = _nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
+    return Groups(_IQ4_STEPS[codes], 8, 128, _f16(b[..., :2]) * signed.astype(np.float32), None)
+
+
+def _mxfp4(b: Bytes) -> Groups:
+    # The scale is 2**(e - 127), halved since the steps are doubled; ldexp is exact to the last subnormal.
+    scales = np.ldexp(np.float32(1), b[..., :1].astype(np.int32) - 128).astype(np.float32)
+    return Groups(_E2M1_STEPS[_nibbles(b[..., 1:])], 5, 12, scales, None)
+
+
 _UNPACKERS: Final[Mapping[str, tuple[int, Callable[[Bytes], Groups]]]] = {
     "Q4_0": (18, _q4_0),
     "Q4_1": (20, _q4_1),
     "Q5_0": (22, _q5_0),
     "Q5_1": (24, _q5_1),
     "Q8_0": (34, _q8_0),
+    "Q2_K": (84, _q2_k),
+    "Q3_K": (110, _q3_k),
     "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k),
     "Q6_K": (210, _q6_k),
+    "IQ4_NL": (18, _iq4_nl),
+    "IQ4_XS": (136, _iq4_xs),
+    "MXFP4": (17, _mxfp4),
 }
 
 FORMS: Final[Mapping[str, tuple[int, int]]] = {
@@ -149,15 +207,26 @@ FORMS: Final[Mapping[str, tuple[int, int]]] = {
     "Q5_0": (5, 32),
     "Q5_1": (5, 32),
     "Q8_0": (8, 32),
+    "Q2_K": (2, 16),
+    "Q3_K": (3, 16),
     "Q4_K": (4, 32),
     "Q5_K": (5, 32),
     "Q6_K": (6, 16),
+    "IQ4_NL": (8, 32),
+    "IQ4_XS": (8, 32),
+    "MXFP4": (5, 32),
 }
 """Bits of a code and weights of a group: what `unpack` will answer, known before there is data."""
 
 PLAIN: Final = ("F32", "F16", "BF16")
 QUANTISED: Final = tuple(_UNPACKERS)
 SUPPORTED: Final = PLAIN + QUANTISED
+"""Types that `unpack` takes apart, or that are numbers already."""
+LATTICES: Final = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0",
+)  # fmt: skip
+DECODABLE: Final = SUPPORTED + LATTICES
+"""Types that `decode` knows."""
 
 
 def unpack(kind: str, rows: Bytes) -> Groups:
@@ -175,7 +244,10 @@ def unpack(kind: str, rows: Bytes) -> Groups:
 
 
 def decode(kind: str, rows: Bytes) -> F32:
-    """The weights of packed rows as float32: `rows` is [rows, bytes of a row], `kind` of `SUPPORTED`."""
+    """The weights of packed rows as float32: `rows` is [rows, bytes of a row], `kind` of `DECODABLE`."""
+    if kind in LATTICES:
+        decoded: F32 = quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+        return decoded
     if kind == "F32":
         return rows.view("<f4").astype(np.float32)
     if kind == "F16":

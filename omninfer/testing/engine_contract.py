@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from omninfer.arch import EMBEDDING, HEAD, ModelSpec
 from omninfer.engines.interface import Engine, Stage, StageSpec, TensorSource, tensors_needed
+from omninfer.engines.packing import SUPPORTED
 from omninfer.testing.noise import NoiseSource, noise_model
 from omnistore.chunker.ggml import by_name, nbytes
 from omnistore.errors import (
@@ -27,7 +28,7 @@ from omnistore.errors import (
     UnsupportedModel,
 )
 
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+KINDS = SUPPORTED
 CONTEXT = 96
 
 
@@ -284,8 +285,8 @@ class EngineContract:
             load(engine, model, context=context, slots=slots)
 
     def test_a_type_that_no_engine_has(self, engine: Engine, model: tuple[ModelSpec, NoiseSource]) -> None:
-        model[1].types["blk.1.ffn_up.weight"] = "IQ2_XS"
-        with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_up\.weight.*IQ2_XS"):
+        model[1].types["blk.1.ffn_up.weight"] = "I8"
+        with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_up\.weight.*I8"):
             load(engine, model)
 
     def test_a_missing_tensor(self, engine: Engine, model: tuple[ModelSpec, NoiseSource]) -> None:

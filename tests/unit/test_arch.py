@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from omninfer.arch import (
     HEAD,
     HEAD_NORM,
     ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
     Feature,
     ModelSpec,
     RopeKind,
     layer_suffixes,
 )
+from omninfer.arch.features import model_tensors
 from omnistore.errors import MalformedGGUF, UnsupportedModel
 
 
@@ -121,9 +125,8 @@ def test_an_unknown_architecture_says_what_is_supported() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rope__scaling__type": "yarn"},
         {"rope__scaling__type": 3},
-        {"expert_count": 8},
+        {"rope__scaling__yarn_log_multiplier": 0.1},
         {"attention__head_count_kv": (4, 2)},
         {"attention__value_length": 16},
         {"attention__causal": False},
@@ -195,16 +198,123 @@ def test_a_tensor_that_would_have_to_be_ignored_is_named(name: str) -> None:
     assert name[:70] in raised.value.message and len(raised.value.message) < 250
 
 
-def test_every_tensor_has_a_shape() -> None:
-    features = Feature.QKV_BIAS | Feature.OUTPUT_BIAS | Feature.QK_NORM
-    for family in FAMILIES:
-        always = FAMILIES[family].always
-        spec = read(metadata(family), names(always, 2, ROPE_FREQS))
-        for name in names(features, 2, ROPE_FREQS):
-            assert all(n >= 1 for n in spec.tensor_shape(name))
+def whole(
+    architecture: str, extra: Feature = Feature.NONE, **changes: Any
+) -> tuple[dict[str, object], set[str]]:
+    """Metadata and names of a good model of any family."""
+    features = FAMILIES[architecture].always | extra
+    values: dict[str, Any] = {}
+    if Feature.EXPERTS in features:
+        values = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 128}
+    if Feature.WINDOW in features:
+        values["attention__sliding_window"] = 16
+    found = names(features) | set(model_tensors(features))
+    return metadata(architecture, **{**values, **changes}), found
 
 
-KEYS = [*sorted(key.partition(".")[2] for key in metadata()), "rope.freq_base", "attention.key_length"]
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_tensor_has_a_shape(architecture: str) -> None:
+    extra = FAMILIES[architecture].sometimes
+    values, found = whole(architecture, extra)
+    spec = read(values, found)
+    assert spec.features == FAMILIES[architecture].always | extra
+    for name in found:
+        assert all(n >= 1 for n in spec.tensor_shape(name))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_least_of_every_family(architecture: str) -> None:
+    spec = read(*whole(architecture))
+    assert spec.features == FAMILIES[architecture].always
+    with pytest.raises(UnsupportedModel, match=r"blk\.1\.attn_extra"):
+        read(*(lambda v, n: (v, n | {"blk.1.attn_extra.weight"}))(*whole(architecture)))
+
+
+def test_windows_follow_the_family_or_the_file() -> None:
+    assert read(*whole("gemma2", block_count=2)).windowed == (True, False)
+    gemma3 = read(*whole("gemma3", Feature.WINDOW, attention__sliding_window=4))
+    assert (gemma3.window, gemma3.windowed, gemma3.window_of(1)) == (4, (True, True), 4)
+    assert gemma3.local_rope.base == 10000.0
+    pattern = read(*whole("gpt-oss", attention__sliding_window_pattern=(False, True)))
+    assert (pattern.window_of(0), pattern.window_of(1)) == (0, 16)
+    assert read(*whole("gemma3")).window == 0
+
+
+def test_gemma_s_numbers() -> None:
+    spec = read(*whole("gemma2"))
+    assert (spec.attention_cap, spec.logit_cap, spec.embedding_scale) == (50.0, 30.0, 8.0)
+    assert spec.attention_scale == 8**-0.5
+    assert read(*whole("gemma2", attn_logit_softcapping=20.0)).attention_cap == 20.0
+
+
+def test_yarn_and_longrope() -> None:
+    scaling = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+    yarn = read(*whole("llama", **scaling, rope__scaling__original_context_length=128)).rope
+    assert yarn.yarn is not None and yarn.yarn.original_context == 128
+    assert yarn.magnitude == pytest.approx(1 + 0.1 * math.log(4))
+    phi3 = read(*whole("phi3", Feature.LONG_ROPE, rope__scaling__original_context_length=64))
+    assert phi3.rope.divisors(64) == ROPE_SHORT and phi3.rope.divisors(65) == ROPE_LONG
+    with pytest.raises(MalformedGGUF, match="longrope"):
+        read(*whole("phi3", rope__scaling__type="longrope"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen3moe", {"expert_count": 0}),
+        ("qwen3moe", {"expert_count": 1 << 20}),
+        ("qwen3moe", {"expert_used_count": 9}),
+        ("qwen3moe", {"expert_used_count": 0}),
+        ("qwen3moe", {"expert_feed_forward_length": -1}),
+        ("qwen3moe", {"expert_feed_forward_length": 0, "feed_forward_length": 0}),
+        ("gemma2", {"attention__sliding_window": 0}),
+        ("gemma2", {"attention__sliding_window": 1 << 40}),
+        ("gemma2", {"attention__sliding_window_pattern": (True,)}),
+        ("gemma2", {"attention__sliding_window_pattern": -1}),
+        ("gemma2", {"attn_logit_softcapping": -1.0}),
+        ("gemma2", {"final_logit_softcapping": float("nan")}),
+        ("gpt-oss", {"attention__sliding_window": None}),
+        ("llama", {"rope__scaling__type": "yarn", "rope__scaling__original_context_length": 0}),
+        ("llama", {"rope__scaling__type": "yarn", "rope__scaling__yarn_beta_fast": float("inf")}),
+        ("llama", {"rope__scaling__type": "yarn", "rope__freq_base": 1.0}),
+        ("llama", {"rope__scaling__attn_factor": 1e9}),
+    ],
+)
+def test_nonsense_of_the_newer_features(architecture: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(MalformedGGUF):
+        read(*whole(architecture, **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen2", {"expert_count": 8}),
+        ("qwen3moe", {"expert_weights_norm": False}),
+        ("qwen3moe", {"expert_gating_func": 2}),
+        ("qwen3moe", {"expert_group_count": 4}),
+        ("qwen3moe", {"leading_dense_block_count": 1}),
+        ("gemma3", {"attn_logit_softcapping": 50.0}),
+    ],
+)
+def test_arithmetic_that_no_engine_has(architecture: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel):
+        read(*whole(architecture, **changes))
+
+
+KEYS = [
+    *sorted(key.partition(".")[2] for key in metadata()),
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "attention.key_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "final_logit_softcapping",
+]
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -212,19 +322,19 @@ VALUES = st.one_of(
     st.floats(),
     st.text(max_size=5),
     st.lists(st.integers(), max_size=3),
-    st.sampled_from([1, 2, 8, 64, 1024, 1e-5, "linear"]),
+    st.sampled_from([1, 2, 8, 64, 1024, 1e-5, "linear", "yarn", "longrope"]),
 )
 
 
 @given(
-    st.sampled_from(["llama", "qwen2", "qwen3"]),
+    st.sampled_from(sorted(FAMILIES)),
     st.dictionaries(st.sampled_from(KEYS), VALUES),
 )
 def test_any_metadata_are_read_or_refused(architecture: str, changes: dict[str, object]) -> None:
-    always = FAMILIES[architecture].always
-    whole = metadata(architecture) | {f"{architecture}.{key}": value for key, value in changes.items()}
+    values, found = whole(architecture)
+    values |= {f"{architecture}.{key}": value for key, value in changes.items()}
     try:
-        spec = read(whole, names(always))
+        spec = read(values, found)
     except (MalformedGGUF, UnsupportedModel):
         return
     assert spec.heads % spec.kv_heads == 0 and spec.rope.dims <= spec.head_dim

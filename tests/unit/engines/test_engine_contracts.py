@@ -20,7 +20,7 @@ class TestNumpyEngineWithPackedWeights(EngineContract):
     @pytest.fixture
     def engine(self, monkeypatch: pytest.MonkeyPatch) -> Engine:
         monkeypatch.setattr("omninfer.engines.numpy_engine.DECODED_LIMIT", 0)
-        monkeypatch.setattr("omninfer.engines.numpy_engine.SLAB_WEIGHTS", 10_000)
+        monkeypatch.setattr("omninfer.engines.numpy_weights.SLAB_WEIGHTS", 10_000)
         return get_engine("numpy")
 
 

@@ -1,0 +1,38 @@
+"""Every architecture and type of weights says what llama.cpp says (`tests/parity/logits.py --write`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omninfer.engines import FileTensorSource, StageSpec, get_engine
+from omninfer.testing.parity import CASES, agrees, cosine, tokens, write_model
+
+MLX = ("llama", "llama3", "llama-linear", "qwen2", "qwen3")
+VECTORS = Path(__file__).parent / "parity" / "llama_cpp.npz"
+
+
+@pytest.mark.parametrize(("model", "kind"), CASES)
+@pytest.mark.parametrize("name", ["numpy", "numpy-packed", "mlx"])
+def test_logits(name: str, model: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "numpy-packed":
+        monkeypatch.setattr("omninfer.engines.numpy_engine.DECODED_LIMIT", 0)
+    if name == "mlx" and model not in MLX:
+        pytest.skip("the mlx engine refuses it: tests/unit/engines/test_refusals.py")
+    path = tmp_path / "model.gguf"
+    write_model(path, model, kind)
+    source = FileTensorSource(path)
+    stage = get_engine(name.partition("-")[0]).load(
+        StageSpec.whole(source.model()), source, context=len(tokens())
+    )
+    logits = stage.forward(tokens(), slot=0, position=0, logits="all")
+    with np.load(VECTORS) as answers:
+        expected = answers[f"{model}/{kind}"]
+    assert agrees(kind, logits, expected), (np.abs(logits - expected).max(), cosine(logits, expected))
+
+
+def test_every_answer_is_compared() -> None:
+    with np.load(VECTORS) as answers:
+        assert set(answers) == {f"{model}/{kind}" for model, kind in CASES}
