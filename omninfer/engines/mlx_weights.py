@@ -6,8 +6,8 @@ ever decoded in memory. MLX wants w = scale * code + bias with groups of 32 alon
 - groups of 32 (most types): scale as it is, bias = -zero * scale - minimum;
 - Q2_K, Q3_K and Q6_K have groups of 16, which MLX lacks. Each group of 32 codes gets the scales of both its
   halves, and a product is two: one with the first scales and x zeroed in the second halves, one the other
-  way round. It costs twice the time and 4.0, 5.0 and 8.0 bits a weight instead of 2.6, 3.4 and 6.6; decoding to float16
-  would take 16;
+  way round. It costs twice the time and 4.0, 5.0 and 8.0 bits a weight instead of 2.6, 3.4 and 6.6;
+  decoding to float16 would take 16;
 - IQ4 and MXFP4 have uneven steps: the steps are the codes, in 8 and 5 bits.
 
 Scales and biases are float16 wherever that loses no more than rounding to a half does (`_Buffer.fill`):
