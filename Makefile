@@ -61,11 +61,12 @@ bench-swarm: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory
 
-# Token ids against llama.cpp's, for every pre-tokenizer; PEERS is where llama-cpp-python is.
+# Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
 PEERS ?= .peers
 .PHONY: parity-tokens
 parity-tokens: $(STAMP) $(PEERS)
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.tokens
+	PEERS=$(PEERS) $(BIN)/python -m tests.parity.sampling
 
 # Every architecture × type × engine against llama.cpp's logits; minutes.
 .PHONY: parity

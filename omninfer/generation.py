@@ -15,7 +15,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from omninfer.sampling import Sampler, SamplingParams, StopMatcher
+from omninfer.sampling import MAX_LOGPROBS, Mask, Sampler, SamplingParams, StopMatcher, logprobs
 from omninfer.tokenizer import Tokenizer
 from omnistore.errors import InputError
 
@@ -34,6 +34,27 @@ class LogitsSource(Protocol):
     async def logits(self, history: Sequence[int]) -> NDArray[np.float32]: ...
 
 
+class Constraint(Protocol):
+    """What may come next in a text that is to have a form (`omninfer.grammar`)."""
+
+    def allowed(self) -> Mask:
+        """bool[vocab]."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of a token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of one token, and of the likeliest in its place: natural logarithms."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """When to stop, and how to choose."""
@@ -41,10 +62,14 @@ class GenerationParams:
     max_tokens: int = 256
     stops: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    logprobs: int | None = None
+    """How many alternatives to note for each token; None notes nothing."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_tokens <= MAX_TOKENS:
             raise InputError(f"max-tokens is {self.max_tokens}, outside 0 to {MAX_TOKENS}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InputError(f"logprobs is {self.logprobs}, outside 0 to {MAX_LOGPROBS}")
 
 
 @dataclass(slots=True)
@@ -59,6 +84,8 @@ class Generation:
     """To the first token."""
     seconds: float = 0.0
     """From the first token to the last."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each token, if they were asked for."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,11 +100,13 @@ async def generate(
     params: GenerationParams,
     shown: Shown,
     generation: Generation | None = None,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Continue `prompt`. Text is passed to `shown` as soon as no stop string can begin in it.
 
     The tokens that end a turn (EOS and its like) end the generation and are not part of it.
-    `generation`, when given, is filled instead of a new one. Raises `InferenceError`, `InputError`.
+    `generation`, when given, is filled instead of a new one; `constraint` says what may come next.
+    Raises `InferenceError`, `InputError`.
     """
     if not prompt:
         raise InputError("the prompt is empty, and the model has no token to begin with")
@@ -100,7 +129,8 @@ async def generate(
         if len(result.tokens) >= params.max_tokens or len(history) > source.context:
             result.finish = "length"
             break
-        token = sampler.sample(await source.logits(history), history)
+        logits = await source.logits(history)
+        token = sampler.sample(logits, history, constraint.allowed() if constraint else None)
         now = trio.current_time()
         if not result.tokens:
             result.prompt_seconds, started = now - started, now
@@ -110,6 +140,11 @@ async def generate(
             break
         history.append(token)
         result.tokens.append(token)
+        if constraint is not None:
+            constraint.accept(token)
+        if params.logprobs is not None:
+            own, top = logprobs(logits, token, params.logprobs)
+            result.logprobs.append(TokenLogprobs(token, own, tuple(top)))
         text, stopped = matcher.push(stream.push(token))
         show(text, token)
         if stopped:

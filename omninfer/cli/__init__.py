@@ -34,10 +34,31 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--context", type=click.IntRange(min=1), help="Most tokens of prompt and text together."
         ),
-        click.option("--temperature", type=float, help="0 is greedy; default 0.8."),
+        click.option("--temperature", "--temp", type=float, help="0 is greedy; default 0.8."),
         click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all; default 40."),
         click.option("--top-p", type=float, help="Keep tokens up to this probability; default 0.95."),
         click.option("--min-p", type=float, help="Keep tokens of this share of the likeliest; default 0.05."),
+        click.option(
+            "--typical-p", type=float, help="Keep tokens as surprising as is usual; default 1 (all)."
+        ),
+        click.option(
+            "--repeat-penalty", type=float, help="Divide the logits of recent tokens by this; default 1."
+        ),
+        click.option("--repeat-last-n", type=int, help="How many tokens are recent; default 64."),
+        click.option(
+            "--presence-penalty", type=float, help="Subtract this from recent tokens' logits; default 0."
+        ),
+        click.option("--frequency-penalty", type=float, help="The same for each time they occur; default 0."),
+        click.option(
+            "--logit-bias",
+            "biases",
+            multiple=True,
+            metavar="TOKEN=BIAS",
+            help="Add to the logit of a token ID.",
+        ),
+        click.option(
+            "--logprobs", type=int, metavar="N", help="With --json: each token's ln p and the N likeliest."
+        ),
         click.option("--seed", type=int, help="The same seed gives the same text; default: a new one."),
         click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text."),
         click.option("--silence", type=click.FloatRange(min=2), default=10.0, hidden=True),

@@ -36,6 +36,23 @@ _TELL_EVERY: Final = 2.0
 """Seconds between two words on one machine's progress."""
 
 
+_SAMPLING: Final = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
+    "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+"""Options that are parameters of the sampler, by the same names."""
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise InputError(
+            f"--logit-bias {text!r} is not a token ID and a number", remedy="Say --logit-bias 198=-5."
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """The options of both commands, checked."""
@@ -53,14 +70,12 @@ class Asked:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Asked:
         """From click's options. Raises `InputError`."""
-        chosen = {
-            name: options[name]
-            for name in ("temperature", "top_k", "top_p", "min_p")
-            if options[name] is not None
-        }
+        chosen = {name: options[name] for name in _SAMPLING if options[name] is not None}
         seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
+        biases = tuple(_bias(text) for text in options["biases"])
+        sampling = SamplingParams(seed=seed, logit_bias=biases, **chosen)
         params = GenerationParams(
-            options["max_tokens"], tuple(options["stops"]), SamplingParams(seed=seed, **chosen)
+            options["max_tokens"], tuple(options["stops"]), sampling, options["logprobs"]
         )
         rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence")
         return cls(params=params, **{name: options[name] for name in rest})
@@ -185,7 +200,16 @@ def _look(text: str) -> tuple[CID, bool]:
 def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
     """What `--json` says of a generation."""
     stages = coordinator.plan.stages if coordinator.plan else ()
+    thoughts = [
+        {
+            "token": one.token,
+            "logprob": round(one.logprob, 6),
+            "top": [{"token": token, "logprob": round(value, 6)} for token, value in one.top],
+        }
+        for one in generation.logprobs
+    ]
     return {
+        **({"logprobs": thoughts} if thoughts else {}),
         "text": generation.text,
         "tokens": generation.tokens,
         "prompt_tokens": list(generation.prompt),

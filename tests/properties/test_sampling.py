@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omninfer.sampling import Sampler, SamplingParams, StopMatcher, candidates
+from omninfer.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise
 
 # Few distinct values, so that equal ones are common; far apart, so that rounding decides nothing.
 logit_lists = st.lists(st.sampled_from([-7.0, -2.5, -1.0, 0.0, 0.5, 1.75, 3.0]), min_size=1, max_size=12)
@@ -41,6 +41,43 @@ def test_filters_keep_what_their_definitions_keep(logits: list[float], params: S
     ids, kept = candidates(np.array(logits, dtype=np.float32), params)
     assert set(ids.tolist()) == kept_slowly(logits, params)
     assert kept.tolist() == [logits[i] for i in ids]
+
+
+@given(logits=logit_lists, share=st.sampled_from([0.0, 0.2, 0.51, 0.83]))
+def test_typical_keeps_the_fewest_that_are_nearest_to_the_entropy(logits: list[float], share: float) -> None:
+    ids, _ = candidates(np.array(logits), SamplingParams(top_k=0, top_p=1, min_p=0, typical_p=share))
+    weights = [math.exp(value) for value in logits]
+    p = [weight / math.fsum(weights) for weight in weights]
+    entropy = math.fsum(-one * math.log(one) for one in p)
+    distances = [abs(-math.log(one) - entropy) for one in p]
+    kept = ids.tolist()
+    dropped = set(range(len(logits))) - set(kept)
+    assert all(distances[a] <= distances[b] + 1e-9 for a in kept for b in dropped)
+    assert not dropped or math.fsum(p[i] for i in kept) > share - 1e-9
+    assert math.fsum(p[i] for i in kept[:-1]) <= share + 1e-9
+
+
+@given(
+    logits=logit_lists,
+    history=st.lists(st.integers(0, 14), max_size=20),
+    last=st.integers(0, 22),
+    repeat=st.sampled_from([0.5, 1.0, 1.3]),
+    presence=st.sampled_from([-1.0, 0.0, 0.5]),
+    frequency=st.sampled_from([-0.25, 0.0, 2.0]),
+)
+def test_penalties_are_their_definition(
+    logits: list[float], history: list[int], last: int, repeat: float, presence: float, frequency: float
+) -> None:
+    params = SamplingParams(
+        repeat_penalty=repeat, repeat_last_n=last, presence_penalty=presence, frequency_penalty=frequency
+    )
+    recent = history[-last:] if last else []
+    expected = []
+    for id_, value in enumerate(logits):
+        if count := recent.count(id_):
+            value = (value / repeat if value > 0 else value * repeat) - count * frequency - presence
+        expected.append(value)
+    assert np.allclose(penalise(np.array(logits), history, params), expected)
 
 
 @given(logits=logit_lists, params=sampling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omninfer.sampling import MAX_STOPS, Sampler, SamplingParams, StopMatcher, candidates
+from omninfer.sampling import MAX_STOPS, Sampler, SamplingParams, StopMatcher, candidates, logprobs
 from omnistore.errors import InferenceError, InputError
 
 ALL = SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0)
@@ -25,6 +25,8 @@ def params(**changes: float) -> SamplingParams:
         {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
         {"temperature": "1"}, {"top_k": -1}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 1.01},
         {"top_p": -0.1}, {"min_p": 2},
+        {"typical_p": 1.5}, {"presence_penalty": 101}, {"frequency_penalty": float("nan")},
+        {"logit_bias": ((-1, 0.0),)}, {"logit_bias": ((1, 1e9),)}, {"logit_bias": ((1, 0.0),) * 2000},
         {"seed": -1}, {"seed": 1 << 64}, {"seed": None}, {"repeat_penalty": 0}, {"repeat_last_n": -1},
     ],
 )  # fmt: skip
@@ -89,6 +91,38 @@ def test_the_repeat_penalty_counts_the_last_tokens_only() -> None:
     assert Sampler(greedy).sample(logits(-1, -1.5), [0, 0]) == 1  # a negative one gets more so
     assert Sampler(greedy).sample(values, [0, 10**6]) == 1
     assert values.tolist() == [3, 2, -1, -1.5]
+
+
+def test_penalties_count_what_occurred() -> None:
+    once = params(temperature=0, presence_penalty=1.5)
+    assert Sampler(once).sample(logits(3, 2, 1), [0, 0, 0]) == 1
+    often = params(temperature=0, frequency_penalty=0.6)
+    assert Sampler(often).sample(logits(3, 2, 1), [0]) == 0
+    assert Sampler(often).sample(logits(3, 2, 1), [0, 0]) == 1
+
+
+def test_a_bias_moves_a_token_and_must_name_one() -> None:
+    assert Sampler(params(temperature=0, logit_bias=((2, 5.0),))).sample(logits(3, 2, 1)) == 2  # type: ignore[arg-type]
+    assert Sampler(params(temperature=0, logit_bias=((0, -10_000.0),))).sample(logits(3, 2, 1)) == 1  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="token 3, and the vocabulary has 3"):
+        Sampler(params(logit_bias=((3, 1.0),))).sample(logits(3, 2, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 100])
+def test_only_allowed_tokens_are_drawn(temperature: float) -> None:
+    allowed = np.array([False, True, False, True])
+    sampler = Sampler(params(temperature=temperature))
+    drawn = {sampler.sample(logits(9, 1, 9, 1), [], allowed) for _ in range(200)}
+    assert drawn == ({1} if temperature == 0 else {1, 3})
+    with pytest.raises(InferenceError, match="no token"):
+        sampler.sample(logits(1, 2), [], np.array([False, False]))
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    values = np.log(np.array([0.1, 0.6, 0.3]))
+    own, top = logprobs(values + 5, 0, 2)
+    assert own == pytest.approx(np.log(0.1))
+    assert top == [(1, pytest.approx(np.log(0.6))), (2, pytest.approx(np.log(0.3)))]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,15 @@ async def test_an_interruption_leaves_what_there_was(tokenizer: Tokenizer) -> No
     assert (generation.text, generation.finish) == (" one", "interrupted")
 
 
+async def test_log_probabilities_come_with_their_tokens(tokenizer: Tokenizer) -> None:
+    params = GenerationParams(sampling=GREEDY, logprobs=2)
+    done = await generate(Script([3, 4, 2]), tokenizer, [1], params, lambda text, token: None)
+    assert [one.token for one in done.logprobs] == done.tokens == [3, 4]
+    assert all(one.top[0] == (one.token, one.logprob) and len(one.top) == 2 for one in done.logprobs)
+    with pytest.raises(InputError, match="logprobs"):
+        GenerationParams(logprobs=1000)
+
+
 async def test_an_empty_prompt_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="empty"):
         await generate(Script([3]), tokenizer, [], GenerationParams(), lambda text, token: None)
