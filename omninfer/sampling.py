@@ -169,7 +169,7 @@ def penalise(logits: Floats, history: Sequence[int], params: SamplingParams) -> 
     known = (recent >= 0) & (recent < len(logits))
     recent, counts = recent[known], counts[known]
     changed = logits.astype(np.float64)
-    values = changed[recent]
+    values: Floats = changed[recent]
     values = np.where(values > 0, values / params.repeat_penalty, values * params.repeat_penalty)
     changed[recent] = values - counts * params.frequency_penalty - params.presence_penalty
     return changed
