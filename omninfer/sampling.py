@@ -183,7 +183,7 @@ def candidates(logits: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
     unlikely tokens in.
     """
     ids = np.flatnonzero(logits > -np.inf)
-    kept = logits[ids].astype(np.float64)
+    kept: Floats = logits[ids].astype(np.float64)
     if 0 < params.top_k < len(kept):
         threshold = np.partition(kept, -params.top_k)[-params.top_k]
         places = np.flatnonzero(kept >= threshold)
