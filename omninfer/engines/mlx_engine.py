@@ -15,8 +15,8 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, ROPE_FREQS, Feature, ModelSpec, RopeKind
-from omninfer.engines.checks import StageLimits, check_features, check_tensors
+from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec
+from omninfer.engines.checks import StageLimits, check_tensors
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -27,13 +27,21 @@ from omninfer.engines.interface import (
     Tokens,
     WhichLogits,
 )
+from omninfer.engines.mlx_math import (
+    activated,
+    capped,
+    capped_attention,
+    mask,
+    rotate,
+    route,
+    wavelengths,
+)
 from omninfer.engines.mlx_weights import Array, Matrix, load_matrix, load_vector
 from omninfer.engines.slots import SlottedStage
 
-FEATURES: Final = (
-    Feature.QKV_BIAS | Feature.OUTPUT_BIAS | Feature.QK_NORM | Feature.FFN_BIAS | Feature.ROPE_FREQS
-)
-"""What this engine knows of transformer blocks."""
+WAVES: Final = "wavelengths"
+LOCAL_WAVES: Final = "local wavelengths"
+"""Names of what is kept with the vectors and is in no file: see `wavelengths`."""
 CACHE_STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""
 FREED_LIMIT: Final = 64 << 20
@@ -103,7 +111,7 @@ class MlxStage(SlottedStage[SlotCache]):
         for piece in self.limits.pieces(len(x), held):
             h = mx.array(x[piece])
             if self.spec.embed:
-                h = self.matrices[EMBEDDING].rows(h)
+                h = self.matrices[EMBEDDING].rows(h) * model.embedding_scale
             for i in range(layers):
                 h = self._layer(i, h, cache, held + piece.start)
             if self.spec.head:
@@ -125,63 +133,97 @@ class MlxStage(SlottedStage[SlotCache]):
         if h.shape[0] == 0:
             return mx.zeros((0, model.vocab))
         normed = mx.fast.rms_norm(h, self.vectors[HEAD_NORM], model.norm_eps)
-        return self.matrices[model.head_tensor].product(normed)
+        return capped(self.matrices[model.head_tensor].product(normed), model.logit_cap)
 
     def _layer(self, index: int, h: Array, cache: SlotCache, start: int) -> Array:
         """One transformer block over tokens start, start+1, … of a slot."""
-        prefix = f"blk.{self.spec.first + index}."
-        eps = self.spec.model.norm_eps
-        x = mx.fast.rms_norm(h, self.vectors[prefix + "attn_norm.weight"], eps)
-        h = h + self._attention(index, x, cache, start)
-        x = mx.fast.rms_norm(h, self.vectors[prefix + "ffn_norm.weight"], eps)
-        gate = self._linear(prefix + "ffn_gate", x)
-        gated = gate * mx.sigmoid(gate) * self._linear(prefix + "ffn_up", x)
-        return h + self._linear(prefix + "ffn_down", gated)
+        model, prefix = self.spec.model, f"blk.{self.spec.first + index}."
+        x = self._norm(prefix + "attn_norm", h)
+        added = self._attention(index, x, cache, start)
+        if Feature.POST_NORMS in model.features:
+            added = self._norm(prefix + "post_attention_norm", added)
+        h = h + added
+        x = self._norm(prefix + model.ffn_norm.removesuffix(".weight"), h)
+        added = self._experts(prefix, x) if model.experts else self._feed_forward(prefix, "", x)
+        if Feature.POST_NORMS in model.features:
+            added = self._norm(prefix + "post_ffw_norm", added)
+        return h + added
 
     def _attention(self, index: int, x: Array, cache: SlotCache, start: int) -> Array:
-        prefix = f"blk.{self.spec.first + index}."
-        model, count = self.spec.model, x.shape[0]
-        q = self._linear(prefix + "attn_q", x).reshape(1, count, model.heads, model.head_dim)
-        k = self._linear(prefix + "attn_k", x).reshape(1, count, model.kv_heads, model.head_dim)
-        v = self._linear(prefix + "attn_v", x).reshape(1, count, model.kv_heads, model.head_dim)
-        if Feature.QK_NORM in model.features:
-            q = mx.fast.rms_norm(q, self.vectors[prefix + "attn_q_norm.weight"], model.norm_eps)
-            k = mx.fast.rms_norm(k, self.vectors[prefix + "attn_k_norm.weight"], model.norm_eps)
-        q = self._rotate(q.transpose(0, 2, 1, 3), start).astype(self.compute)
-        k = self._rotate(k.transpose(0, 2, 1, 3), start).astype(self.compute)
+        model, layer, count = self.spec.model, self.spec.first + index, x.shape[0]
+        prefix, rope = f"blk.{layer}.", model.rope_of(layer)
+        waves = self.vectors[LOCAL_WAVES if model.windowed[layer] else WAVES]
+        q, k, v = self._queries_keys_values(prefix, x)
+        q = rotate(q.transpose(0, 2, 1, 3), rope, waves, start).astype(self.compute)
+        k = rotate(k.transpose(0, 2, 1, 3), rope, waves, start).astype(self.compute)
         keys, values = cache.append(index, k, v.transpose(0, 2, 1, 3).astype(self.compute), start)
-        mixed = mx.fast.scaled_dot_product_attention(
-            q, keys, values, scale=model.head_dim**-0.5, mask="causal" if count > 1 else None
-        )
+        window = model.window_of(layer)
+        if window and count == 1:  # what a single token does not see need not be masked
+            keys, values = keys[:, :, -window:], values[:, :, -window:]
+        seen = mask(count, keys.shape[2], window)
+        if model.attention_cap:
+            mixed = capped_attention(q, keys, values, model.attention_scale, model.attention_cap, seen)
+        else:
+            sinks = self.vectors.get(prefix + "attn_sinks.weight")
+            sinks = None if sinks is None else sinks.astype(self.compute)
+            mixed = mx.fast.scaled_dot_product_attention(
+                q, keys, values, scale=model.attention_scale, mask=seen, sinks=sinks
+            )
         joined = mixed.transpose(0, 2, 1, 3).reshape(count, -1).astype(mx.float32)
         return self._linear(prefix + "attn_output", joined)
 
-    def _rotate(self, x: Array, start: int) -> Array:
-        """x is [1, heads, tokens, head dim]."""
-        rope = self.spec.model.rope
-        return mx.fast.rope(
-            x,
-            rope.dims,
-            traditional=rope.kind is RopeKind.INTERLEAVED,
-            base=None,
-            scale=1.0,
-            offset=start,
-            freqs=self.vectors[ROPE_FREQS],
-        )
+    def _queries_keys_values(self, prefix: str, x: Array) -> tuple[Array, Array, Array]:
+        """Each [1, tokens, heads, head dim], not rotated yet."""
+        model, count = self.spec.model, x.shape[0]
+        if Feature.FUSED_QKV in model.features:
+            edges = [model.q_width, model.q_width + model.kv_width]
+            parts: list[Array] = list(mx.split(self._linear(prefix + "attn_qkv", x), edges, axis=-1))
+        else:
+            parts = [self._linear(prefix + name, x) for name in ("attn_q", "attn_k", "attn_v")]
+        q, k, v = (part.reshape(1, count, -1, model.head_dim) for part in parts)
+        if Feature.QK_NORM in model.features:
+            q, k = self._norm(prefix + "attn_q_norm", q), self._norm(prefix + "attn_k_norm", k)
+        return q, k, v
+
+    def _feed_forward(self, prefix: str, kind: str, x: Array) -> Array:
+        """The dense feed-forward, or that of the shared expert (`_shexp`)."""
+        features = self.spec.model.features
+        up = self._linear(f"{prefix}ffn_up{kind}", x)
+        if Feature.FUSED_GATE_UP in features:
+            gate, up = mx.split(up, 2, axis=-1)
+        else:
+            gate = self._linear(f"{prefix}ffn_gate{kind}", x)
+        return self._linear(f"{prefix}ffn_down{kind}", activated(features, gate, up))
+
+    def _experts(self, prefix: str, x: Array) -> Array:
+        """Each token through the experts that its router picks."""
+        model = self.spec.model
+        assert model.experts is not None
+        chosen, weights = route(self._linear(prefix + "ffn_gate_inp", x), model.experts)
+        own = x[:, None]
+        gate, up = (self._of_experts(prefix + name, own, chosen) for name in ("ffn_gate", "ffn_up"))
+        answers = self._of_experts(prefix + "ffn_down", activated(model.features, gate, up), chosen)
+        out = (answers * weights[..., None]).sum(axis=1)
+        if Feature.SHARED_EXPERT in model.features:
+            opened = mx.sigmoid(x @ self.vectors[prefix + "ffn_gate_inp_shexp.weight"])
+            out = out + self._feed_forward(prefix, "_shexp", x) * opened[:, None]
+        return out
+
+    def _of_experts(self, name: str, x: Array, chosen: Array) -> Array:
+        """x [tokens, 1 or used, inputs] through experts [tokens, used]: [tokens, used, outputs]."""
+        assert self.spec.model.experts is not None
+        matrix = self.matrices[f"{name}_exps.weight"]
+        y = matrix.of_parts(x, chosen, self.spec.model.experts.count)
+        biases = self.matrices.get(f"{name}_exps.bias")
+        return y if biases is None else y + biases.rows(chosen)
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return mx.fast.rms_norm(x, self.vectors[name + ".weight"], self.spec.model.norm_eps)
 
     def _linear(self, name: str, x: Array) -> Array:
         y = self.matrices[name + ".weight"].product(x)
         bias = self.vectors.get(name + ".bias")
         return y if bias is None else y + bias
-
-
-def rope_wavelengths(model: ModelSpec, divisors: Array | None) -> Array:
-    """[dims / 2]: what a position is divided by to give each pair's angle (`freqs` of mx.fast.rope)."""
-    rope = model.rope
-    wavelengths = rope.base ** (np.arange(0, rope.dims, 2) / rope.dims) * rope.factor
-    if divisors is not None:
-        wavelengths = wavelengths * np.array(divisors)
-    return mx.array(wavelengths.astype(np.float32))
 
 
 class MlxEngine:
@@ -208,7 +250,6 @@ class MlxEngine:
         progress: Progress | None = None,
     ) -> MlxStage:
         limits = StageLimits(spec, context, slots)
-        check_features(spec.model, FEATURES, self.name)
         tensors = check_tensors(spec, source)
         if not self.accelerated():
             mx.set_cache_limit(FREED_LIMIT)
@@ -225,7 +266,8 @@ class MlxEngine:
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-        vectors[ROPE_FREQS] = rope_wavelengths(spec.model, vectors.get(ROPE_FREQS))
+        for waves, rope in ((WAVES, spec.model.rope), (LOCAL_WAVES, spec.model.local_rope)):
+            vectors[waves] = wavelengths(rope, vectors.get(rope.divisors(context) or ""))
         mx.eval(vectors)
         return MlxStage(limits, compute, matrices, vectors, total)
 

@@ -48,6 +48,12 @@ class Matrix(Protocol):
 
     def rows(self, index: Array) -> Array: ...
 
+    def of_parts(self, x: Array, chosen: Array, count: int) -> Array:
+        """The matrix is `count` equal ones on top of each other, and each vector goes through its own choice.
+
+        x is [tokens, 1 or n, inputs], `chosen` [tokens, n]; the answer [tokens, n, outputs of one].
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
@@ -66,6 +72,12 @@ class DenseMatrix:
 
     def rows(self, index: Array) -> Array:
         return self.weights[index].astype(mx.float32)
+
+    def of_parts(self, x: Array, chosen: Array, count: int) -> Array:
+        (weights,), chosen = _parts((self.weights,), chosen, count, self.compute)
+        x = x.astype(self.compute)[..., None, :]
+        y = mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=chosen)
+        return y[..., 0, :].astype(mx.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,21 @@ class QuantMatrix:
         scales, biases = self.scales[index].astype(mx.float32), self.biases[index].astype(mx.float32)
         return mx.dequantize(self.codes[index], scales, biases, group_size=GROUP, bits=self.bits)
 
+    def of_parts(self, x: Array, chosen: Array, count: int) -> Array:
+        arrays = (self.codes, self.scales, self.biases)
+        (codes, scales, biases), chosen = _parts(arrays, chosen, count, self.compute)
+        y = mx.gather_qmm(
+            x.astype(self.compute)[..., None, :],
+            codes,
+            scales,
+            biases,
+            rhs_indices=chosen,
+            transpose=True,
+            group_size=GROUP,
+            bits=self.bits,
+        )
+        return y[..., 0, :].astype(mx.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class HalvedQuantMatrix:
@@ -112,9 +139,29 @@ class HalvedQuantMatrix:
         first, second = self.first.rows(index), self.second.rows(index)
         return mx.where(self._first_halves(first.shape[-1]), first, second)
 
+    def of_parts(self, x: Array, chosen: Array, count: int) -> Array:
+        halves, zero = self._first_halves(x.shape[-1]), mx.array(0, dtype=x.dtype)
+        first = self.first.of_parts(mx.where(halves, x, zero), chosen, count)
+        return first + self.second.of_parts(mx.where(halves, zero, x), chosen, count)
+
     @staticmethod
     def _first_halves(columns: int) -> Array:
         return mx.arange(columns) % GROUP < GROUP // 2
+
+
+def _parts(arrays: tuple[Array, ...], chosen: Array, count: int, compute: Any) -> tuple[list[Array], Array]:
+    """Arrays [count * rows, …] as [parts, rows, …] in the type of products, and which of these were chosen.
+
+    Where a type has to be converted, only what was chosen is: MLX would convert all parts for each product.
+    """
+    parts = [a.reshape(count, a.shape[0] // count, *a.shape[1:]) for a in arrays]
+    if all(a.dtype in (compute, mx.uint32) for a in arrays):
+        return parts, chosen
+    used, places = np.unique(np.array(chosen), return_inverse=True)
+    index = mx.array(used.astype(np.uint32))
+    taken = [part[index] for part in parts]
+    converted = [a if a.dtype == mx.uint32 else a.astype(compute) for a in taken]
+    return converted, mx.array(places.reshape(chosen.shape).astype(np.uint32))
 
 
 def _by_slabs(rows: int, converted: int, multiply: Callable[[slice], Array]) -> Array:

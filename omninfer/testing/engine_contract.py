@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from omninfer.arch import EMBEDDING, HEAD, ModelSpec
+from omninfer.arch import EMBEDDING, FAMILIES, HEAD, Feature, ModelSpec
 from omninfer.engines.interface import Engine, Stage, StageSpec, TensorSource, tensors_needed
 from omninfer.engines.packing import SUPPORTED
 from omninfer.testing.noise import NoiseSource, noise_model
@@ -82,7 +82,7 @@ class EngineContract:
             row = stage.forward(np.array([token], np.int32), slot=1, position=i)
             self.same(row, whole[i : i + 1])
 
-    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+    @pytest.mark.parametrize("architecture", FAMILIES)
     @pytest.mark.parametrize("piece", [1, 7, 16])
     def test_prefill_in_pieces_equals_prefill_at_once(
         self, engine: Engine, architecture: str, piece: int
@@ -180,6 +180,25 @@ class EngineContract:
         self.same(np.concatenate(parts), whole)
 
     # Stages.
+
+    @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gpt-oss", "qwen2moe"])
+    def test_layers_know_their_number_in_the_model(self, engine: Engine, architecture: str) -> None:
+        spec, source = noise_model(architecture)
+        whole = run([load(engine, (spec, source))], prompt(20))
+        stages = [
+            engine.load(StageSpec(spec, 0, 1, embed=True, head=False), source, context=CONTEXT),
+            engine.load(StageSpec(spec, 1, 3, embed=False, head=True), source, context=CONTEXT),
+        ]
+        prefill = run(stages, prompt(12))
+        decode = [run(stages, prompt(1, i), position=i) for i in range(12, 20)]
+        self.same(np.concatenate((prefill, *decode)), whole)
+
+    @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "MXFP4", "F16"])
+    def test_experts_of_every_form(self, engine: Engine, kind: str) -> None:
+        stage = load(engine, noise_model(kind=kind, extra=Feature.EXPERTS, block_count=1))
+        whole = run([stage], prompt(12))
+        rows = [run([stage], prompt(1, i), position=i, slot=1) for i in range(12)]
+        self.same(np.concatenate(rows), whole)
 
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("kind", ["F32", "Q4_K"])

@@ -158,7 +158,11 @@ def noise_model(
     wanted = {
         **small,
         **(_EXPERTS if Feature.EXPERTS in FAMILIES[architecture].always | extra else {}),
-        **({"attention.sliding_window": 8} if Feature.WINDOW in FAMILIES[architecture].always else {}),
+        **(
+            {"attention.sliding_window": 8}
+            if Feature.WINDOW in FAMILIES[architecture].always | FAMILIES[architecture].sometimes
+            else {}
+        ),
         **{key.replace("__", "."): value for key, value in shape.items()},
     }
     metadata: dict[str, object] = {f"{architecture}.{key}": value for key, value in wanted.items()}

@@ -53,7 +53,7 @@ MODELS: Final[Mapping[str, Any]] = {
     "qwen2moe": partial(
         noise_model, "qwen2moe", expert_feed_forward_length=256, expert_shared_feed_forward_length=512
     ),
-    "qwen3": partial(noise_model, "qwen3", attention__key_length=32, attention__value_length=32),
+    "qwen3": partial(noise_model, "qwen3", attention__key_length=128, attention__value_length=128),
     "qwen3moe": partial(noise_model, "qwen3moe", expert_feed_forward_length=256),
     "gemma": partial(noise_model, "gemma", tied_head=True),
     "gemma2": partial(noise_model, "gemma2", tied_head=True, attn_logit_softcapping=5.0),

@@ -10,7 +10,6 @@ import pytest
 from omninfer.engines import FileTensorSource, StageSpec, get_engine
 from omninfer.testing.parity import CASES, agrees, cosine, tokens, write_model
 
-MLX = ("llama", "llama3", "llama-linear", "qwen2", "qwen3")
 VECTORS = Path(__file__).parent / "parity" / "llama_cpp.npz"
 
 
@@ -19,8 +18,6 @@ VECTORS = Path(__file__).parent / "parity" / "llama_cpp.npz"
 def test_logits(name: str, model: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "numpy-packed":
         monkeypatch.setattr("omninfer.engines.numpy_engine.DECODED_LIMIT", 0)
-    if name == "mlx" and model not in MLX:
-        pytest.skip("the mlx engine refuses it: tests/unit/engines/test_refusals.py")
     path = tmp_path / "model.gguf"
     write_model(path, model, kind)
     source = FileTensorSource(path)
