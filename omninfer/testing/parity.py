@@ -121,6 +121,23 @@ def cosine(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     return float(((logits * expected).sum(axis=-1) / norms).min())
 
 
+TEXT: Final = (
+    "Once upon a time, there was a little girl named Lily. She liked to play outside in the park with her "
+    "dog. One day, they saw a big red ball under a tree. Lily wanted the ball, but it was too high. The dog "
+    "barked and jumped. Then a kind boy came and said, I can help you. He took the ball and gave it to Lily. "
+    "She was very happy. They played together until the sun went down, and then they all went home to eat."
+)
+"""What perplexity is measured on."""
+
+
+def perplexity(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> float:
+    """Of all tokens but the first; `logits` [tokens, vocab] are those after each of `ids`."""
+    wide = logits[:-1].astype(np.float64)
+    peak = wide.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(wide - peak).sum(axis=-1)) + peak[:, 0]
+    return float(np.exp((total - wide[np.arange(len(wide)), ids[1:]]).mean()))
+
+
 def write_model(path: Path, model: str, kind: str) -> None:
     """The model as a GGUF file, by the gguf package's writer."""
     shape = {key: value for key, value in SMALL.items() if key not in MODELS[model].keywords}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from omninfer.engines import FileTensorSource, StageSpec, get_engine
-from omninfer.testing.parity import CASES, agrees, cosine, tokens, write_model
+from omninfer.testing.parity import CASES, agrees, cosine, perplexity, tokens, write_model
+from tests.parity.logits import ours, text_ids, trained
 
 VECTORS = Path(__file__).parent / "parity" / "llama_cpp.npz"
 
@@ -33,3 +35,17 @@ def test_logits(name: str, model: str, kind: str, tmp_path: Path, monkeypatch: p
 def test_every_answer_is_compared() -> None:
     with np.load(VECTORS) as answers:
         assert set(answers) == {f"{model}/{kind}" for model, kind in CASES}
+
+
+FIGURES = json.loads(VECTORS.with_name("perplexity.json").read_text())
+
+
+@pytest.mark.parametrize("model", FIGURES)
+@pytest.mark.parametrize("name", ["numpy", "mlx"])
+def test_perplexity(name: str, model: str, request: pytest.FixtureRequest) -> None:
+    """Within half a percent of llama.cpp's, of weights that were trained."""
+    if not model.startswith("omni-demo"):
+        request.getfixturevalue("shared")  # skips where those models are not
+    path = trained()[model]
+    ids = text_ids(path)
+    assert perplexity(ours(name, path, ids), ids) == pytest.approx(FIGURES[model], rel=0.005)

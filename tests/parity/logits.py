@@ -11,6 +11,7 @@ to `CASES` become the vectors of `tests/conformance/test_llama_cpp.py`, which ne
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,17 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.engines import FileTensorSource, StageSpec, get_engine
-from omninfer.testing.parity import CASES, EXACT, MODELS, QUANTISED, agrees, cosine, tokens, write_model
+from omninfer.testing.parity import (
+    CASES,
+    EXACT,
+    MODELS,
+    QUANTISED,
+    TEXT,
+    agrees,
+    cosine,
+    perplexity,
+    tokens,
+    write_model,
+)
+from omninfer.tokenizer import Tokenizer
 from omnistore.errors import UnsupportedModel
 from tests.parity.peer import HERE, PYTHON
 
 VECTORS = HERE.parent / "conformance" / "parity" / "llama_cpp.npz"
+PERPLEXITIES = VECTORS.with_name("perplexity.json")
 
 
-def oracle(path: Path) -> NDArray[np.float32]:
-    """[tokens, vocab], from llama.cpp."""
-    asked, answered = path.with_suffix(".tokens.npy"), path.with_suffix(".logits.npy")
-    np.save(asked, tokens())
+def oracle(path: Path, ids: NDArray[np.int32], scratch: Path) -> NDArray[np.float32]:
+    """[tokens, vocab], from llama.cpp, by way of files in `scratch`."""
+    asked, answered = scratch / "tokens.npy", scratch / "logits.npy"
+    np.save(asked, ids)
     if not PYTHON.exists():
         raise SystemExit(f"{PYTHON} is not here: `make .peers` installs llama-cpp-python beside omni")
     subprocess.run([PYTHON, HERE / "ask_logits.py", path, asked, answered], check=True, timeout=60)
@@ -44,20 +58,61 @@ def write_vectors() -> None:
         path = Path(home) / "model.gguf"
         for model, kind in CASES:
             write_model(path, model, kind)
-            answers[f"{model}/{kind}"] = oracle(path)
+            answers[f"{model}/{kind}"] = oracle(path, tokens(), Path(home))
+        figures = {name: theirs(path, Path(home)) for name, path in trained().items()}
     np.savez_compressed(VECTORS, allow_pickle=False, **answers)
+    PERPLEXITIES.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def ours(engine: str, path: Path) -> NDArray[np.float32]:
+def trained() -> dict[str, Path]:
+    """Models that say something, by name: the demo model, and those beside the repository."""
+    root = HERE.parent.parent
+    paths = [
+        *(root / "manifests" / "demo").glob("*.gguf"),
+        *(root.parent / "shared" / "models").glob("*.gguf"),
+    ]
+    return {path.name: path for path in sorted(paths)}
+
+
+def text_ids(path: Path) -> NDArray[np.int32]:
+    """`TEXT`, or for the demo model, which knows few words, the stories of its own reference."""
+    text, reference = TEXT, path.with_name("reference.json")
+    if path.name.startswith("omni-demo"):
+        text = " ".join(a["prompt"] + a["text"] for a in json.loads(reference.read_text())["answers"])
     source = FileTensorSource(path)
-    stage = get_engine(engine).load(StageSpec.whole(source.model()), source, context=len(tokens()))
-    return stage.forward(tokens(), slot=0, position=0, logits="all")
+    tokenizer = Tokenizer.from_metadata_untrusted(source.metadata)
+    ids = tokenizer.encode(text, add_special=True, parse_special=False)
+    return np.array(ids[: source.model().context_length], np.int32)
+
+
+def theirs(path: Path, scratch: Path) -> float:
+    """llama.cpp's perplexity."""
+    ids = text_ids(path)
+    return perplexity(oracle(path, ids, scratch), ids)
+
+
+def ours(engine: str, path: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    source = FileTensorSource(path)
+    stage = get_engine(engine).load(StageSpec.whole(source.model()), source, context=len(ids))
+    return stage.forward(ids, slot=0, position=0, logits="all")
+
+
+def compare_perplexities(engines: list[str]) -> int:
+    """Print those of every engine; answer how many are off by more than half a percent."""
+    misses = 0
+    with tempfile.TemporaryDirectory() as home:
+        for name, path in trained().items():
+            expected, ids = theirs(path, Path(home)), text_ids(path)
+            found = [perplexity(ours(engine, path, ids), ids) for engine in engines]
+            misses += sum(abs(figure / expected - 1) > 0.005 for figure in found)
+            print(f"{name:<24} llama.cpp {expected:.4f}", *(f"{figure:.4f}" for figure in found))
+    return misses
 
 
 def compare(engine: str, path: Path, kind: str, expected: NDArray[np.float32]) -> tuple[str, bool]:
     """What to print, and whether it is a miss."""
     try:
-        logits = ours(engine, path)
+        logits = ours(engine, path, tokens())
     except UnsupportedModel:
         return "refused", False
     good = agrees(kind, logits, expected)
@@ -82,10 +137,11 @@ def main(arguments: list[str]) -> int:
             for kind in options.kinds.split(","):
                 path = Path(home) / "model.gguf"
                 write_model(path, model, kind)
-                expected = oracle(path)
+                expected = oracle(path, tokens(), Path(home))
                 found = [compare(engine, path, kind, expected) for engine in engines]
                 misses += sum(miss for _, miss in found)
                 print(f"{model:<14} {kind:<8}" + "".join(f" {text:>14}" for text, _ in found), flush=True)
+    misses += compare_perplexities(engines)
     print(f"{misses} misses")
     return 1 if misses else 0
 
