@@ -64,6 +64,8 @@ class ModelCosts:
     """One token's hidden state on the wire."""
     logits: int
     """One token's logits on the wire."""
+    active: float = 1.0
+    """The share of a layer's weights that one token reads: less than all where a router picks experts."""
 
     @classmethod
     def of(cls, manifest: Manifest, model: ModelSpec, *, context: int, slots: int = 1) -> ModelCosts:
@@ -82,6 +84,7 @@ class ModelCosts:
             kv=2 * 4 * model.kv_width * context * slots,
             hidden=4 * model.width,
             logits=4 * model.vocab,
+            active=model.active_share(),
         )
 
     def weights(self, first: int, last: int) -> int:
@@ -94,9 +97,9 @@ class ModelCosts:
             total += self.embed
         return total
 
-    def reads(self, first: int, last: int) -> int:
+    def reads(self, first: int, last: int) -> float:
         """Packed bytes that a stage reads to decode one token: of the embedding, only a row."""
-        total = sum(self.layers[first:last])
+        total = sum(self.layers[first:last]) * self.active
         if last == len(self.layers):
             total += self.head + (self.embed if self.tied else 0)
         return total
@@ -231,7 +234,7 @@ def _grid(costs: ModelCosts) -> tuple[_Matrix, _Matrix, _Matrix, _Matrix]:
     layers = prefix[None, :] - prefix[:, None]
     with_embed = first[:, None] | (last[None, :] & costs.tied)
     weights = layers + costs.shared + costs.head * last[None, :] + costs.embed * with_embed
-    reads = layers + (costs.head + (costs.embed if costs.tied else 0)) * last[None, :]
+    reads = layers * costs.active + (costs.head + (costs.embed if costs.tied else 0)) * last[None, :]
     inbound = np.where(first, TOKEN_BYTES, costs.hidden)
     outbound = np.where(last, costs.logits, costs.hidden)
     wire = (inbound[:, None] + outbound[None, :]).astype(np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 from omninfer.arch.experts import Experts, read_experts
@@ -129,6 +130,15 @@ class ModelSpec:
         match = _LAYER_NAME.fullmatch(name)
         suffix = match[2] if match else name
         return (self._attention_shapes() | self._ffn_shapes() | self._expert_shapes())[suffix]
+
+    def active_share(self) -> float:
+        """How much of a layer's weights one token goes through, as if all were of one type."""
+        sizes = {suffix: prod(self.tensor_shape(f"blk.0.{suffix}")) for suffix in self.layer_suffixes()}
+        idle = 0.0
+        if self.experts is not None:
+            unused = 1 - self.experts.used / self.experts.count
+            idle = unused * sum(size for suffix, size in sizes.items() if "_exps." in suffix)
+        return 1 - idle / sum(sizes.values())
 
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
         width, q, kv = self.width, self.q_width, self.kv_width

@@ -29,6 +29,7 @@ def models(draw: st.DrawFn) -> ModelCosts:
         kv=draw(st.integers(0, 5)),
         hidden=draw(small),
         logits=draw(small),
+        active=draw(st.sampled_from([0.25, 1.0])),
     )
 
 

@@ -240,6 +240,13 @@ def test_windows_follow_the_family_or_the_file() -> None:
     assert read(*whole("gemma3")).window == 0
 
 
+def test_a_token_goes_through_the_experts_it_was_sent_to() -> None:
+    assert read(*whole("llama")).active_share() == 1
+    # Per layer: 3 * 64 * 128 weights an expert of which 2 of 8 are read, and 12,928 outside them.
+    share = read(*whole("llama", Feature.EXPERTS, expert_count=8, expert_used_count=2)).active_share()
+    assert share == pytest.approx((2 * 24576 + 12928) / (8 * 24576 + 12928))
+
+
 def test_gemma_s_numbers() -> None:
     spec = read(*whole("gemma2"))
     assert (spec.attention_cap, spec.logit_cap, spec.embedding_scale) == (50.0, 30.0, 8.0)
