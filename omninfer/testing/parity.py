@@ -144,6 +144,8 @@ def write_model(path: Path, model: str, kind: str) -> None:
     if kind not in EXACT and model in ROUTED:
         # A choice of experts is no continuous function: where activations are rounded, all are chosen.
         shape["expert_used_count"] = shape["expert_count"] = 4
+    if kind not in EXACT:
+        shape["block_count"] = 2  # llama.cpp's rounding of activations adds up over layers
     _, source = MODELS[model](kind=kind, **shape)
     architecture = str(source.metadata["general.architecture"])
     writer = gguf.GGUFWriter(path, architecture)
