@@ -24,7 +24,12 @@ from omnistore.settings import MAX_FILE, METADATA, Setting, parse_file_untrusted
 FILE_NAME: Final = "config.toml"
 KEY_NAME: Final = "identity.key"
 _ADDRESSES: Final = MappingProxyType(
-    {"listen": parse_untrusted, "announce": parse_untrusted, "bootstrap": parse_dialable_untrusted}
+    {
+        "listen": parse_untrusted,
+        "announce": parse_untrusted,
+        "bootstrap": parse_dialable_untrusted,
+        "relay_via": parse_dialable_untrusted,
+    }
 )
 _KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x40))
 """Protobuf of libp2p's PrivateKey{Type: Ed25519, Data: 64 bytes}, up to the data: seed, then public key."""
@@ -50,6 +55,30 @@ class Config:
     mdns: bool = setting(
         True, "yes/no", "Find, and be found by, other nodes on the local network without any address."
     )
+    relay: bool = setting(
+        False, "yes/no", "Whether a seed relays for nodes that nobody can dial: it costs their traffic twice."
+    )
+    relay_via: tuple[str, ...] = setting(
+        (), "addresses",
+        "Relays to be reached through, as multiaddrs ending in /p2p/PEER; for a seed that nobody can dial.",
+    )  # fmt: skip
+    relay_reservations: int = setting(
+        128, "count", "Peers a relay lets be reached through it; each keeps a connection open.",
+        low=1, high=10_000,
+    )  # fmt: skip
+    relay_circuits: int = setting(
+        64, "count", "Connections a relay carries at once; each takes up to 1 MiB of memory.",
+        low=1, high=10_000,
+    )  # fmt: skip
+    relay_bytes: int = setting(
+        4 << 30, "bytes",
+        "Most that one relayed connection carries, both directions together: a small model whole.",
+        low=1 << 17, high=10**15,
+    )  # fmt: skip
+    relay_time: float = setting(
+        7200.0, "seconds", "The longest life of a relayed connection: what hangs is cut sometime.",
+        low=60, high=7 * 86400,
+    )  # fmt: skip
     http: str | None = setting(
         None, "address", "HOST:PORT where a seed answers HTTP. None: nobody but this machine's user asks."
     )

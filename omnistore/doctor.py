@@ -253,9 +253,9 @@ async def _nat(node: Node) -> Finding:
         return Finding(
             "nat", "warning",
             f"peers see this machine at {', '.join(foreign)}, which is none of its own addresses: it is"
-            " behind NAT, and this version neither relays nor punches holes",
+            " behind NAT, and this version punches no holes",
             "To seed to the outside, forward TCP port 4141 to this machine and give its outside address"
-            " with --announce. Fetching needs nothing.",
+            " with --announce, or be reached through a relay with --relay-via. Fetching needs nothing.",
         )  # fmt: skip
     return Finding(
         "nat", "unknown",

@@ -27,6 +27,7 @@ from omnistore.keys import PrivateKey
 from omnistore.membership import membership
 from omnistore.naming import NameBook, Publication, Published
 from omnistore.net.addresses import parse_dialable_untrusted
+from omnistore.net.circuits import RelayLimits
 from omnistore.net.metering import MeteredNetwork
 from omnistore.store.files import FileStore
 from omnistore.transfer.bitswap_server import serve_bitswap
@@ -35,7 +36,9 @@ from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
 
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
+    from omnistore.net.circuit_transport import Circuits
     from omnistore.net.libp2p import Libp2pNetwork
+    from omnistore.net.relay import Relay
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,14 @@ class Announced:
     """Peers confirmed to have the record."""
 
 
-NodeEvent: TypeAlias = Announced | Joined | Published | ServeEvent
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The addresses that others can dial changed: a relay was won or lost."""
+
+    addrs: tuple[str, ...]
+
+
+NodeEvent: TypeAlias = Announced | Joined | Moved | Published | ServeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,10 @@ class NodeOptions:
     """Join through peers met before, too."""
     alone_ok: bool = False
     """For a client: go on when nobody answers that it could join through."""
+    relay: RelayLimits | None = None
+    """Relay for others, within these."""
+    relay_via: Sequence[str] = ()
+    """Multiaddrs ending in `/p2p/…` of relays to be reached through."""
     on_event: Callable[[NodeEvent], None] = lambda event: None
 
 
@@ -95,6 +109,8 @@ class Node:
     """The cap on blocks sent, which everything that sends some heeds."""
     download: TokenBucket | None = None
     """The cap on blocks fetched, for every `FetchOptions.download` of this node."""
+    relay: Relay | None = None
+    """If it relays."""
     _index_version: int = field(default=-1)
 
     @property
@@ -138,7 +154,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
     from omnistore.net.kademlia import open_kademlia
     from omnistore.net.libp2p import NetworkOptions, open_network
 
-    for addr in options.bootstrap:
+    for addr in (*options.bootstrap, *options.relay_via):
         parse_dialable_untrusted(addr)
     key = load_key(config.home)
     swarm = membership(config.home)
@@ -165,6 +181,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
+            _relay(node)
             await nursery.start(_serve, node)
             if options.server:
                 nursery.start_soon(_serve_bitswap, node)
@@ -191,6 +208,24 @@ def _ways(config: Config, options: NodeOptions) -> Ways:
         home=config.home,
         recall=options.recall,
     )
+
+
+def _relay(node: Node) -> None:
+    """Dial through relays, be reached through some, be one: whatever this node is to do of it."""
+    from omnistore.net.circuit_transport import Circuits
+    from omnistore.net.relay import Relay
+
+    def moved() -> None:
+        node.routing.moved()
+        node.options.on_event(Moved(tuple(node.network.addrs())))
+
+    circuits: Circuits = Circuits(node.network, moved)
+    circuits.install()
+    for addr in node.options.relay_via:
+        node.nursery.start_soon(circuits.keep_reserved, addr)
+    if node.options.relay is not None:
+        node.relay = Relay(node.network, node.options.relay)
+        node.nursery.start_soon(node.relay.run)
 
 
 async def _serve_bitswap(node: Node) -> None:

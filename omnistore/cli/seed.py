@@ -21,6 +21,7 @@ from omnistore.errors import BadConfig
 if TYPE_CHECKING:
     from omnistore.config import Config
     from omnistore.http.daemon import Daemon
+    from omnistore.net.circuits import RelayLimits
     from omnistore.node import NodeEvent
     from omnistore.store.sweep import Swept
 
@@ -44,6 +45,8 @@ class _Seed:
 )
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="A node to join the network through.")
 @click.option("--announce", multiple=True, metavar="MADDR", help="An address that others reach this node at.")
+@click.option("--relay", is_flag=True, help="Relay for nodes that nobody can dial, within bounds.")
+@click.option("--relay-via", multiple=True, metavar="MADDR", help="Be reached through this relay.")
 @click.option(
     "--compute", is_flag=False, flag_value=0.0, type=click.FloatRange(min=0), metavar="[=GB]",
     help="Lend compute too, and as much memory (default: what is free).",
@@ -60,6 +63,8 @@ def seed(
     listen: tuple[str, ...],
     bootstrap: tuple[str, ...],
     announce: tuple[str, ...],
+    relay: bool,
+    relay_via: tuple[str, ...],
     compute: float | None,
     allow: tuple[str, ...],
     caps: Mapping[str, Any],
@@ -74,7 +79,14 @@ def seed(
             "--allow is about --compute, which was not given", remedy="Add --compute, or drop it."
         )
     _check_compute(compute, allow)
-    settings = config(listen=listen, bootstrap=bootstrap, announce=announce, **caps)
+    settings = config(
+        listen=listen,
+        bootstrap=bootstrap,
+        announce=announce,
+        relay=relay or None,
+        relay_via=relay_via,
+        **caps,
+    )
     # The network takes half a second to import: not for `omni seed --help`.
     import trio
 
@@ -124,6 +136,8 @@ async def _run(output: Output, asked: _Seed) -> None:
         announce=asked.settings.announce,
         lan=asked.settings.mdns,
         recall=True,
+        relay=_relay_limits(asked.settings) if asked.settings.relay else None,
+        relay_via=asked.settings.relay_via,
         on_event=told,
     )
     make_home(asked.settings.home)
@@ -152,6 +166,17 @@ async def _run(output: Output, asked: _Seed) -> None:
                 signal.signal(received, signal.SIG_DFL)
                 break
     output.event("stopped")
+
+
+def _relay_limits(settings: Config) -> RelayLimits:
+    from omnistore.net.circuits import RelayLimits
+
+    return RelayLimits(
+        reservations=settings.relay_reservations,
+        circuits=settings.relay_circuits,
+        circuit_bytes=settings.relay_bytes,
+        circuit_seconds=settings.relay_time,
+    )
 
 
 async def _answer_http(daemon: Daemon) -> list[str]:
@@ -191,7 +216,8 @@ def _report(output: Output, event: NodeEvent) -> None:
     """One event, for a program or for a person."""
     from omnistore.joining import Joined
     from omnistore.naming import Published
-    from omnistore.node import Announced
+    from omnistore.net.addresses import CIRCUIT
+    from omnistore.node import Announced, Moved
     from omnistore.transfer.server import Served, Unavailable
 
     match event:
@@ -209,6 +235,11 @@ def _report(output: Output, event: NodeEvent) -> None:
         case Joined(addr, error):
             output.event("not_joined", addr=addr, error=str(error))
             output.note(f"can not reach {addr}; trying on: {error}")
+        case Moved(addrs):
+            output.event("moved", addrs=addrs)
+            for addr in addrs:
+                if CIRCUIT in addr:
+                    output.note(f"reachable through a relay at {addr}")
         case Served(peer, blocks, count, reason):
             output.event("served", peer=peer, blocks=blocks, bytes=count, reason=reason)
             if blocks:

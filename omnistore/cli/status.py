@@ -44,6 +44,14 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
             f"{told['pins_running']} running, {told['pins']['done']} done, {told['pins']['failed']} failed",
         ),
     ]
+    if relay := told.get("relay"):
+        lines.append(
+            (
+                "relays",
+                f"{relay['circuits']} connections, {size(relay['bytes'])} so far; reserved by"
+                f" {relay['reservations']} peers; {relay['refused']} refused",
+            )
+        )
     if rates:
         lines.append(("limits", rates.rstrip(",")))
     if told["disk_cap"] is not None:

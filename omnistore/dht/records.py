@@ -30,6 +30,7 @@ _TCP: Final = 6
 _IP6: Final = 41
 _DNS: Final = {53: "dns", 54: "dns4", 55: "dns6"}
 _P2P: Final = 421
+_CIRCUIT: Final = 290
 
 
 def provider_key(cid: CID) -> bytes:
@@ -103,17 +104,31 @@ def _is_peer_id(data: bytes) -> bool:
 
 
 def _tcp_multiaddr(data: bytes) -> str | None:
-    """A binary multiaddr as text, if it is TCP over IP or DNS and nothing more; None otherwise."""
+    """A binary multiaddr as text, if it is TCP over IP or DNS, be it through a relay; None otherwise."""
     host, rest = _host(data)
     if host is None or len(rest) < 3 or rest[0] != _TCP:
         return None
     port, rest = int.from_bytes(rest[1:3], "big"), rest[3:]
-    if rest:
-        code, tail = _uvarint(rest)
-        length, peer = _uvarint(tail)
-        if code != _P2P or length is None or length != len(peer):
-            return None
-    return f"{host}/tcp/{port}" if port else None
+    where = f"{host}/tcp/{port}" if port else None
+    if not rest or where is None:
+        return where
+    relay, rest = _p2p(rest)
+    if relay is None or not rest:
+        return where if relay is not None else None
+    code, rest = _uvarint(rest)
+    target, rest = _p2p(rest) if rest else (b"", b"")
+    if code != _CIRCUIT or target is None or rest or not _is_peer_id(relay):
+        return None
+    return f"{where}/p2p/{base58(relay)}/p2p-circuit"
+
+
+def _p2p(data: bytes) -> tuple[bytes | None, bytes]:
+    """The peer ID that a binary multiaddr goes on with, and what follows."""
+    code, tail = _uvarint(data)
+    length, rest = _uvarint(tail)
+    if code != _P2P or length is None or length > len(rest):
+        return None, data
+    return rest[:length], rest[length:]
 
 
 def _host(data: bytes) -> tuple[str | None, bytes]:

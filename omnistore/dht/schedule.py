@@ -5,6 +5,7 @@
                     keys gone      Forget
     Provided(n>0)                  Provide again after `interval`, spread over its last fifth
     Provided(0)                    Provide again after `retry_first`, twice that, … `retry_most`
+    Moved                          everything: Provide soon
     PeerAppeared                   keys with too few copies: Provide soon
     Tick                           whatever is due
 
@@ -70,6 +71,11 @@ class PeerAppeared:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """Our addresses changed: every record that others keep says the old ones."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed."""
 
@@ -88,7 +94,7 @@ class Forget:
     key: CID
 
 
-Event: TypeAlias = Held | Provided | PeerAppeared | Tick
+Event: TypeAlias = Held | Provided | PeerAppeared | Moved | Tick
 Command: TypeAlias = Provide | Forget
 
 
@@ -135,6 +141,8 @@ class ReprovideSchedule:
                 commands += self._provided(key, copies, now)
             case PeerAppeared():
                 self._hurry(now)
+            case Moved():
+                self._announce_again(now)
             case Tick():
                 pass
         return commands + self._start_due(now)
@@ -200,6 +208,14 @@ class ReprovideSchedule:
                 soon = max(soon, key.tried + max(self.pace.gap, 4 * spread)) + spread * _fraction(cid)
             if soon < key.due:
                 self._set_due(cid, soon)
+
+    def _announce_again(self, now: float) -> None:
+        for cid, key in self._keys.items():
+            key.failures = 0
+            if key.under_way:
+                key.again = True
+            elif cid not in self._fresh:
+                self._set_due(cid, now + self.pace.settle)
 
     def _start_due(self, now: float) -> list[Command]:
         self._refill(now)

@@ -22,6 +22,7 @@ from omnistore.dht.schedule import (
     Event,
     Forget,
     Held,
+    Moved,
     PeerAppeared,
     Provide,
     Provided,
@@ -61,6 +62,10 @@ class DHTService:
     def hold(self, cids: Iterable[CID]) -> None:
         """Announce exactly these from now on."""
         self._events[0].send_nowait(Held(frozenset(cids)))
+
+    def moved(self) -> None:
+        """Our addresses changed: announce everything again."""
+        self._events[0].send_nowait(Moved())
 
     async def run(self) -> None:
         """Announce what is due, for ever."""

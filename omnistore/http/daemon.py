@@ -125,11 +125,25 @@ class Daemon:
             "bytes_sent": traffic.sent,
             "bytes_received": traffic.received,
             "streams": traffic.streams,
+            "relay": self._relay(),
             "blocks_sent": counted.blocks_sent,
             "blocks_failed": counted.blocks_failed,
             "announcements": dict(counted.announced),
             "pins_running": counted.pins_running,
             "pins": dict(counted.pins),
+        }
+
+    def _relay(self) -> Document | None:
+        """What it relays for others; None if it does not."""
+        relay = self.node.relay
+        if relay is None:
+            return None
+        state = relay.state
+        return {
+            "reservations": state.reservations(trio.current_time()),
+            "circuits": state.circuits,
+            "bytes": state.bytes_relayed,
+            "refused": sum(state.refused.values()),
         }
 
     def peers(self) -> list[Document]:

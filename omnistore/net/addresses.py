@@ -18,24 +18,29 @@ from omnistore.errors import BadConfig
 
 _HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 _BASE58: Final = frozenset("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
+CIRCUIT: Final = "/p2p-circuit"
+"""What stands between a relay and the peer reached through it."""
 _MAX_TEXT: Final = 512
 """Longest address looked at, in characters; a DNS name has at most 253."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A TCP multiaddr taken apart: `/<kind>/<host>/tcp/<port>[/p2p/<peer>]`."""
+    """A TCP multiaddr taken apart: `/<kind>/<host>/tcp/<port>[/p2p/<relay>/p2p-circuit][/p2p/<peer>]`."""
 
     kind: str
     """`ip4`, `ip6`, `dns`, `dns4` or `dns6`."""
     host: str
     port: int
     peer: str | None = None
+    relay: str | None = None
+    """The peer that listens there and relays, for an address through a relay."""
 
     @property
     def transport(self) -> str:
         """The multiaddr without its peer ID."""
-        return f"/{self.kind}/{self.host}/tcp/{self.port}"
+        where = f"/{self.kind}/{self.host}/tcp/{self.port}"
+        return where if self.relay is None else f"{where}/p2p/{self.relay}{CIRCUIT}"
 
     @property
     def is_wildcard(self) -> bool:
@@ -75,6 +80,21 @@ def parse_untrusted(text: str) -> Address:
     return Address(kind, host, int(port), peer)
 
 
+def parse_any_untrusted(text: str) -> Address:
+    """Take a TCP multiaddr apart, be it one through a relay. Raises `BadConfig` naming it."""
+    where, circuit, rest = text.partition(CIRCUIT)
+    through = parse_untrusted(where)
+    if not circuit:
+        return through
+    peer = rest.removeprefix("/p2p/") if rest else None
+    if through.peer is None or (peer is not None and not (rest.startswith("/p2p/") and is_peer_id(peer))):
+        raise BadConfig(
+            f"{text[:200]!r} is not an address through a relay",
+            remedy="Give /ip4/<address>/tcp/<port>/p2p/<relay>/p2p-circuit/p2p/<peer ID>.",
+        )
+    return Address(through.kind, through.host, through.port, peer, through.peer)
+
+
 def is_peer_id(text: str) -> bool:
     """Whether a text looks like a peer ID: base58btc of a likely length."""
     return 32 <= len(text) <= 64 and _BASE58.issuperset(text)
@@ -82,7 +102,7 @@ def is_peer_id(text: str) -> bool:
 
 def parse_dialable_untrusted(text: str) -> tuple[Address, str]:
     """An address that names its peer, and that peer. Raises `BadConfig`."""
-    address = parse_untrusted(text)
+    address = parse_any_untrusted(text)
     if address.peer is None:
         raise BadConfig(
             f"{text!r} does not say which peer to expect there",

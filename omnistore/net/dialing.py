@@ -15,7 +15,7 @@ Reaches into `Swarm._dial_addr_single_attempt` and replaces two methods.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,24 +24,30 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.peer.peerstore import PeerStoreError
 
 from omnistore.errors import BadConfig
-from omnistore.net.addresses import parse_untrusted
+from omnistore.net.addresses import Address, parse_any_untrusted
 
 logger = logging.getLogger(__name__)
 
 STAGGER: Final = 0.1
 """Seconds before the next address is tried beside one that has not answered."""
+HEAD_START: Final = 0.5
+"""Seconds that direct addresses have before relays are asked beside them; less when all have failed."""
+MAX_CIRCUITS: Final = 4
+"""Addresses through relays that are tried of one peer."""
 MAX_ADDRESSES: Final = 16
 """Addresses of one peer that are tried; a record may list any number."""
 
 
-def install(swarm: Any, deadline: float) -> None:
+def install(swarm: Any, deadline: float) -> Dialer:
     """Dial our way, and only when asked."""
 
     async def nobody() -> None:
         """In place of the auto-connector's look for somebody to dial."""
 
-    swarm.dial_peer = Dialer(swarm, deadline).dial_peer
+    dialer = Dialer(swarm, deadline)
+    swarm.dial_peer = dialer.dial_peer
     swarm.auto_connector.maybe_connect = nobody
+    return dialer
 
 
 @dataclass(slots=True)
@@ -51,6 +57,8 @@ class Dialer:
     swarm: Any
     deadline: float
     """Seconds for one peer, all its addresses together."""
+    circuit: Callable[[Address, Any], Awaitable[Any]] | None = None
+    """Dials an address through a relay, where that is possible at all."""
     _under_way: dict[Any, trio.Event] = field(default_factory=dict)
 
     async def dial_peer(self, peer_id: Any) -> list[Any]:
@@ -73,15 +81,19 @@ class Dialer:
             done.set()
 
     async def _dial(self, peer_id: Any) -> Any:
-        addresses = self._addresses(peer_id)
-        if not addresses:
+        addresses, circuits = self._addresses(peer_id)
+        if not addresses and not circuits:
             raise SwarmException(f"no usable address of {peer_id} is known")
         won: list[Any] = []
         failures: list[str] = []
 
         async def attempt(addr: Any, failed: trio.Event) -> None:
             try:
-                conn = await self.swarm._dial_addr_single_attempt(addr, peer_id)
+                if isinstance(addr, Address):
+                    assert self.circuit is not None
+                    conn = await self.circuit(addr, peer_id)
+                else:
+                    conn = await self.swarm._dial_addr_single_attempt(addr, peer_id)
             except Exception as error:  # noqa: BLE001  # upstream raises anything; it is one address that failed
                 failures.append(f"{addr}: {_reason(error)}")
                 failed.set()
@@ -91,7 +103,12 @@ class Dialer:
 
         with trio.move_on_after(self.deadline) as race:
             async with trio.open_nursery() as nursery:
-                for addr in addresses:
+                for addr in (*addresses, *circuits):
+                    if addr in circuits:
+                        # A direct connection that takes a little longer is worth more.
+                        with trio.move_on_after(HEAD_START):
+                            while len(failures) < len(addresses):  # noqa: ASYNC110  # any of several tasks
+                                await trio.sleep(0.01)
                     failed = trio.Event()
                     nursery.start_soon(attempt, addr, failed)
                     with trio.move_on_after(STAGGER):
@@ -100,25 +117,30 @@ class Dialer:
             await late.close()
         if won:
             return won[0]
-        tried = "; ".join(failures) or ", ".join(str(addr) for addr in addresses)
+        tried = "; ".join(failures) or ", ".join(str(addr) for addr in (*addresses, *circuits))
         raise SwarmException(f"no address answered within {self.deadline:g} s ({tried})")
 
-    def _addresses(self, peer_id: Any) -> Sequence[Any]:
+    def _addresses(self, peer_id: Any) -> tuple[Sequence[Any], Sequence[Address]]:
+        """Those to dial, and those to dial through relays."""
         try:
             known = self.swarm.peerstore.addrs(peer_id)
         except PeerStoreError:
-            return []
+            return [], []
         usable = []
+        circuits: list[Address] = []
         for addr in known:
             try:
-                parsed = parse_untrusted(str(addr))
+                parsed = parse_any_untrusted(str(addr))
             except BadConfig:
                 continue
-            if not parsed.is_wildcard and parsed.port:
+            if parsed.relay is not None:
+                if self.circuit is not None and parsed.port and parsed.relay != str(peer_id):
+                    circuits.append(parsed)
+            elif not parsed.is_wildcard and parsed.port:
                 usable.append((parsed.is_loopback, addr))
         # Loopback last: on another machine it leads to whoever listens there.
         usable.sort(key=lambda entry: entry[0])
-        return [addr for _, addr in usable[:MAX_ADDRESSES]]
+        return [addr for _, addr in usable[:MAX_ADDRESSES]], circuits[:MAX_CIRCUITS]
 
 
 def _reason(error: BaseException) -> str:

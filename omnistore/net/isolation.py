@@ -24,7 +24,7 @@ MAX_INBOUND_STREAMS: Final = 256
 """Streams one peer may have open at us: what its own side would open at most."""
 
 
-class _ConnectionEnded(Exception):
+class ConnectionEnded(Exception):
     """Lets upstream's inbound task end, and with it the slot it holds."""
 
 
@@ -63,7 +63,7 @@ def free_inbound_slots(swarm: Any) -> None:
     async def upgrade_and_wait(raw_conn: Any, maddr: Any) -> None:
         conn = await upgrade(raw_conn, maddr)
         await conn.event_closed.wait()
-        raise _ConnectionEnded
+        raise ConnectionEnded
 
     swarm.upgrade_inbound_raw_conn = upgrade_and_wait
 

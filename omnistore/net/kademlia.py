@@ -36,6 +36,7 @@ from omnistore.dht.interface import Answer
 from omnistore.dht.records import MAX_ADDRS, peers_untrusted
 from omnistore.dht.values import Namespaces, best_index, check_value_untrusted, sorted_values
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
+from omnistore.net.addresses import CIRCUIT
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.kad_protocol import PROTOCOL, OwnProtocolHost, admit_own, protocols
 from omnistore.net.libp2p import Libp2pNetwork
@@ -308,7 +309,12 @@ def _bound_keys(store: Any) -> None:
 
 
 def _texts(addrs: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(str(addr).partition("/p2p/")[0] for addr in addrs)
+    """Multiaddrs without the peer that they end in; a relay's, before it, stays."""
+    cut = []
+    for addr in addrs:
+        where, circuit, _ = str(addr).partition(CIRCUIT)
+        cut.append(where + circuit if circuit else where.partition("/p2p/")[0])
+    return tuple(cut)
 
 
 async def _send(stream: Stream, message: Any) -> None:

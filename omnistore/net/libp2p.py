@@ -12,13 +12,14 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 from libp2p import new_host
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.network.config import ConnectionConfig
@@ -37,10 +38,11 @@ from omnistore.net.addresses import (
     check_listenable,
     expand,
     interface_addresses,
+    parse_any_untrusted,
     parse_dialable_untrusted,
     parse_untrusted,
 )
-from omnistore.net.dialing import MAX_ADDRESSES
+from omnistore.net.dialing import MAX_ADDRESSES, Dialer
 from omnistore.net.interface import Provider, Stream, StreamServer
 from omnistore.net.isolation import abort, free_inbound_slots, isolate_streams
 from omnistore.net.quiet import quieten
@@ -107,6 +109,22 @@ class Libp2pStream:
             raise PeerUnreachable(f"{self.peer} ended the stream {count - len(data)} bytes early")
         return data
 
+    @property
+    def relayed(self) -> bool:
+        """Whether its connection goes through a relay."""
+        return bool(self.raw.muxed_conn.get_connection_type() != ConnectionType.DIRECT)
+
+    @property
+    def remote_host(self) -> str | None:
+        """The IP address at the other end; None behind a relay."""
+        address = self.raw.muxed_conn.get_remote_address()
+        return str(address[0]) if address else None
+
+    async def finish(self) -> None:
+        """End our direction alone. Raises `PeerUnreachable`."""
+        with _translated(f"the stream to {self.peer} broke at its end"):
+            await self.raw.muxed_stream.close()
+
     async def aclose(self) -> None:
         """Close cleanly; never raises, safe to call twice."""
         if self._closed:
@@ -135,7 +153,11 @@ class Libp2pNetwork:
     """The library's host; for the modules of this package only."""
     peer_id: str
     options: NetworkOptions
-    _served: dict[str, StreamServer] = field(default_factory=dict)
+    dialer: Dialer
+    served: dict[str, StreamServer] = field(default_factory=dict)
+    """What is answered, by protocol."""
+    circuits: list[str] = field(default_factory=list)
+    """Our addresses through relays, handed out last."""
 
     def addrs(self) -> Sequence[str]:
         """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
@@ -169,6 +191,22 @@ class Libp2pNetwork:
         ):
             return Libp2pStream(await self.host.new_stream(peer, [protocol]), provider.peer)
 
+    async def open_direct(self, address: Address, protocol: str) -> Libp2pStream:
+        """Open a stream over a direct connection, dialling that address if there is none."""
+        peer = _peer_untrusted(address.peer or "")
+        swarm = self.host.get_network()
+        with (
+            _translated(f"{address} did not open a stream of {protocol}"),
+            trio.fail_after(self.options.open_deadline),
+        ):
+            if not any(
+                conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
+                for conn in swarm.get_connections(peer)
+            ):
+                await swarm._dial_addr_single_attempt(Multiaddr(address.transport), peer)
+            # The library's choice among several connections is a direct one.
+            return Libp2pStream(await self.host.new_stream(peer, [protocol]), str(peer))
+
     def serve(self, protocol: str, server: StreamServer) -> None:
         """Answer inbound streams of `protocol` with `server`; its stream is closed when it returns."""
 
@@ -181,7 +219,7 @@ class Libp2pNetwork:
                 raise
             await stream.aclose()
 
-        self._served[protocol] = server
+        self.served[protocol] = server
         self.host.set_stream_handler(protocol, run)
 
     async def _connect(self, provider: Provider) -> None:
@@ -213,8 +251,9 @@ async def open_network(
     outside = [parse_untrusted(text) for text in options.announce]
     check_listenable(wanted)
     quieten()
-    host = _new_host(key, outside, options)
-    network = Libp2pNetwork(host, key.public.peer_id, options)
+    circuits: list[str] = []
+    host, dialer = _new_host(key, options, lambda bound: _dialable(bound, outside, circuits))
+    network = Libp2pNetwork(host, key.public.peer_id, options, dialer, circuits=circuits)
     try:
         async with host.run(listen_addrs=[Multiaddr(address.transport) for address in wanted]):
             try:
@@ -231,7 +270,9 @@ async def open_network(
         raise alone from None
 
 
-def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptions) -> Any:
+def _new_host(
+    key: PrivateKey, options: NetworkOptions, addrs_factory: Callable[[Sequence[Any]], list[Any]]
+) -> tuple[Any, Dialer]:
     pair = create_new_key_pair(key.seed)
     noise = NoiseTransport(pair, noise_privkey=create_new_x25519_key_pair().private_key)
     host = new_host(
@@ -241,7 +282,6 @@ def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptio
         enable_mDNS=False,
         enable_upnp=False,
         disable_identify_address_discovery=True,
-        addrs_factory=lambda bound: _dialable(bound, outside),
         connection_config=ConnectionConfig(
             min_connections=0,
             low_watermark=0,
@@ -253,18 +293,22 @@ def _new_host(key: PrivateKey, outside: Sequence[Address], options: NetworkOptio
     swarm = host.get_network()
     # Its circuit breaker refuses everybody after a few peers failed; our own bounds are in `isolation`.
     swarm.set_resource_manager(None)
-    dialing.install(swarm, options.dial_deadline)
+    dialer = dialing.install(swarm, options.dial_deadline)
     yamux.install(swarm.upgrader, options.liveness)
     if options.psk is not None:
         private.install(swarm.upgrader, options.psk)
     isolate_streams(swarm)
     free_inbound_slots(swarm)
-    return host
+    # The library's own cuts the relay out of an address through one.
+    own = Multiaddr(f"/p2p/{host.get_id()}")
+    host.get_addrs = lambda: [addr.encapsulate(own) for addr in addrs_factory(host.get_transport_addrs())]
+    return host, dialer
 
 
-def _dialable(bound: Sequence[Any], outside: Sequence[Address]) -> list[Any]:
+def _dialable(bound: Sequence[Any], outside: Sequence[Address], circuits: Sequence[str]) -> list[Any]:
     inside = expand((parse_untrusted(str(addr)) for addr in bound), interface_addresses() if bound else ())
-    return [Multiaddr(address.transport) for address in dict.fromkeys((*outside, *inside))]
+    direct = [address.transport for address in dict.fromkeys((*outside, *inside))]
+    return [Multiaddr(text) for text in (*direct, *circuits)]
 
 
 def _check_listening(host: Any, wanted: Sequence[Address]) -> None:
@@ -329,7 +373,7 @@ def _usable_untrusted(addrs: Sequence[str]) -> list[str]:
     usable = []
     for text in addrs[:MAX_ADDRESSES]:
         try:
-            usable.append(parse_untrusted(text).transport)
+            usable.append(parse_any_untrusted(text).transport)
         except BadConfig as error:
             logger.debug("ignoring an address: %s", error)
     return usable

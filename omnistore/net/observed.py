@@ -13,7 +13,7 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 from omnistore.dht.records import peer_id_bytes_untrusted, peer_untrusted
 from omnistore.errors import RemoteProtocolError
-from omnistore.net.addresses import parse_untrusted
+from omnistore.net.addresses import CIRCUIT, parse_any_untrusted
 from omnistore.net.interface import Network, Provider, Stream
 
 PROTOCOL: Final = "/ipfs/id/1.0.0"
@@ -32,7 +32,7 @@ async def observed_host(network: Network, peer: str) -> str | None:
     finally:
         await stream.aclose()
     addrs = peer_untrusted(peer_id_bytes_untrusted(network.peer_id), [answer.observed_addr]).addrs
-    return parse_untrusted(addrs[0]).host if addrs else None
+    return parse_any_untrusted(addrs[0]).host if addrs and CIRCUIT not in addrs[0] else None
 
 
 async def _receive_untrusted(stream: Stream) -> Identify:

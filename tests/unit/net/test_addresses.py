@@ -15,6 +15,7 @@ from omnistore.net.addresses import (
     check_listenable,
     expand,
     interface_addresses,
+    parse_any_untrusted,
     parse_dialable_untrusted,
     parse_untrusted,
 )
@@ -112,3 +113,34 @@ def test_a_port_is_checked_although_its_holder_shares_it(host: str) -> None:
 def test_addresses_of_other_machines_can_not_be_listened_on(text: str) -> None:
     with pytest.raises(BadConfig, match="can not listen"):
         check_listenable([parse_untrusted(text)])
+
+
+RELAY = PrivateKey(bytes([1]) * 32).public.peer_id
+
+
+def test_an_address_through_a_relay() -> None:
+    text = f"/ip4/1.2.3.4/tcp/4141/p2p/{RELAY}/p2p-circuit/p2p/{PEER}"
+    address = parse_any_untrusted(text)
+    assert (address.relay, address.peer, str(address)) == (RELAY, PEER, text)
+    assert address.transport == f"/ip4/1.2.3.4/tcp/4141/p2p/{RELAY}/p2p-circuit"
+    assert parse_any_untrusted(address.transport).peer is None
+    # It can be dialled, and nobody listens at it.
+    assert parse_dialable_untrusted(text) == (address, PEER)
+    with pytest.raises(BadConfig):
+        parse_untrusted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"/ip4/1.2.3.4/tcp/4141/p2p-circuit/p2p/{PEER}",
+        f"/ip4/1.2.3.4/tcp/4141/p2p/{RELAY}/p2p-circuit/p2p/",
+        f"/ip4/1.2.3.4/tcp/4141/p2p/{RELAY}/p2p-circuit/{PEER}",
+        f"/ip4/1.2.3.4/tcp/4141/p2p/{RELAY}/p2p-circuit/p2p/{PEER}/p2p-circuit",
+        f"/p2p/{RELAY}/p2p-circuit/p2p/{PEER}",
+        "/p2p-circuit",
+    ],
+)
+def test_what_is_no_address_through_a_relay(text: str) -> None:
+    with pytest.raises(BadConfig):
+        parse_any_untrusted(text)
