@@ -226,7 +226,7 @@ class Crowd:
         self._work(stream.server)
 
     def _work(self, server: _Member) -> None:
-        while (job := server.serving.next()) is not None:
+        while (job := server.serving.next(self.now)) is not None:
             stream = server.inbound[job.stream]
             if isinstance(job, FindHeld):
                 blocks = self._bitmap(server, job.part)
@@ -265,7 +265,7 @@ class Crowd:
         client.down_free_at = max(self.now + self.model.delay, client.down_free_at + piece / rate)
         self._at(client.down_free_at - self.now, partial(self._received, stream, number, whole))
         if whole:
-            stream.server.serving.was_sent(stream.number, _MIB)
+            stream.server.serving.was_sent(stream.number, _MIB, self.now)
             self._work(stream.server)
         self._send(stream.server)
 

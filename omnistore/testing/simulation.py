@@ -294,7 +294,7 @@ class Simulation:
         self._work(peer)
 
     def _work(self, peer: _Peer) -> None:
-        while (job := peer.serving.next()) is not None:
+        while (job := peer.serving.next(self.now)) is not None:
             if isinstance(job, FindHeld):
                 self._answer_query(peer, job)
             else:
@@ -355,7 +355,7 @@ class Simulation:
         self._later(peer, 1.0, drop)
 
     def _sent(self, peer: _Peer, stream: int, size: int) -> None:
-        peer.serving.was_sent(stream, size)
+        peer.serving.was_sent(stream, size, self.now)
         self._work(peer)
 
     def _arrive(self, peer: _Peer, number: int, genuine: bool) -> None:

@@ -2,21 +2,25 @@
 
 Pure: no stream, store or clock. The shell (`server`) tells it what arrived and what was sent, and
 takes jobs from it. Streams take turns, one job at a time, so a requester with a thousand asks
-waits as long as one with two. What is in memory is bounded per stream and in all: a requester that
-asks and does not read stops getting turns. Implements spec/05-transfer, section "The server".
+waits as long as one with two; but one that asks only for what others were given already lets those
+pass that ask for more. What is in memory is bounded per stream and in all, and no more is read
+than will soon be sent: a requester that asks and does not read stops getting turns, and takes them
+from nobody. Implements spec/05-transfer, section "The server".
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final, TypeAlias
 
 from omnistore.block import MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
 from omnistore.transfer.messages import Cancel, FromRequester, Have, Hello, Missing, Want
+from omnistore.transfer.outflow import Given, Outflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,17 @@ class ServeLimits:
     polls: int = 1024
     """Parts that somebody waits to hear news of, over all streams; beyond it a query is answered at once."""
     batch: int = 4
-    """Blocks read in one turn: one hop to a thread for four."""
+    """Blocks read in one turn, of a server fast enough: one hop to a thread for four."""
+    first: int = 8
+    """Blocks of a stream that are given in turn, whoever had them before: headers, without which nobody
+    can begin."""
+    passes: int = 3
+    """Rounds in which a stream that asks for nothing new lets others pass."""
 
 
 LIMITS: Final = ServeLimits()
+BATCH_ROOM: Final = 4 << 20
+"""Bytes worth reading ahead for each block of a turn: four at 32 MB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +81,16 @@ class _Line:
     peer: str
     next_ask: int = 0
     cancels: int = 0
-    asks: OrderedDict[int, CID] = field(default_factory=OrderedDict)
+    asks: dict[int, CID] = field(default_factory=dict)
     """Asked, not yet read."""
+    ranked: list[tuple[int, int]] = field(default_factory=list)
+    """Heap of (how often the block was given when last looked at, ask); cancelled ones included."""
+    taken: int = 0
+    """Blocks read for it so far."""
+    passed: int = 0
+    """Jobs given to others since its last."""
+    moved_at: float = 0.0
+    """When it last took in a block, or had none to take in."""
     unanswered: int = 0
     """Asked, not yet handed to the stream: those being read included."""
     queries: deque[CID] = field(default_factory=deque)
@@ -99,6 +118,8 @@ class Serving:
         self._turns: deque[int] = deque()
         """Streams that have something to do, whose turn it is first."""
         self._polls: Counter[CID] = Counter()
+        self._outflow = Outflow(limits.memory)
+        self._given = Given()
         self._count = 0
 
     @property
@@ -148,19 +169,30 @@ class Serving:
             self._turns.append(stream)
         return reply
 
-    def next(self) -> Job | None:
+    def next(self, now: float) -> Job | None:
         """The next thing to do, in fair turns; None while there is none or memory is full."""
-        for _ in range(len(self._turns)):
-            stream = self._turns.popleft()
+        room = self._room(now)
+        best: tuple[int, int] | None = None
+        passed: list[_Line] = []
+        for stream in tuple(self._turns):
             line = self._lines.get(stream)
             if line is None or line.idle:
-                continue
-            job = self._job(stream, line)
-            if not line.idle:
-                self._turns.append(stream)
-            if job is not None:
-                return job
-        return None
+                self._turns.remove(stream)
+            elif line.queries:
+                self._rotate(stream)
+                return FindHeld(stream, line.queries.popleft())
+            elif self._reads(line, now) and min(room, self.limits.ahead - line.held) >= MAX_BLOCK_SIZE:
+                rank = self._rank(line)
+                if best is None or rank < best[0]:
+                    best = (rank, stream)
+                if rank == 0:
+                    break
+                passed.append(line)
+        if best is None:
+            return None
+        for line in passed:
+            line.passed += 1
+        return self._read(best[1], room, now)
 
     def was_read(self, stream: int, size: int | None) -> None:
         """A block of a job is in memory (`size` bytes) or is not to be had (None)."""
@@ -170,10 +202,12 @@ class Serving:
             if size is None:
                 line.unanswered -= 1
 
-    def was_sent(self, stream: int, size: int) -> None:
+    def was_sent(self, stream: int, size: int, now: float) -> None:
         """A block of `size` bytes was handed to the network."""
+        self._outflow.sent(size, now)
         line = self._lines.get(stream)
         if line is not None:
+            line.moved_at = now
             self._hold(line, -size)
             line.unanswered -= 1
 
@@ -216,23 +250,71 @@ class Serving:
         if not self._polls[part]:
             del self._polls[part]
 
-    def _job(self, stream: int, line: _Line) -> Job | None:
-        if line.queries:
-            return FindHeld(stream, line.queries.popleft())
-        free = min(self.limits.ahead - line.held, self.limits.memory - self.held)
-        count = min(self.limits.batch, free // MAX_BLOCK_SIZE, len(line.asks))
-        if count <= 0:
-            return None
-        asks = tuple(line.asks.popitem(last=False) for _ in range(count))
-        self._hold(line, count * MAX_BLOCK_SIZE)
-        return ReadBlocks(stream, asks)
+    def _room(self, now: float) -> int:
+        """Bytes that may be read now. What is read for those who take nothing in holds up nobody else."""
+        moving = sum(line.held for line in self._lines.values() if line.held and self._reads(line, now))
+        return min(self._outflow.room - moving, self.limits.memory - self.held)
+
+    def _reads(self, line: _Line, now: float) -> bool:
+        """Whether the requester takes in what it asked for."""
+        return not line.held or now - line.moved_at <= self._outflow.stuck
+
+    def _rank(self, line: _Line) -> int:
+        """How often the least given of its blocks was given; 0 when it let others pass for long enough."""
+        times = self._least(line)
+        waited = line.passed >= self.limits.passes * len(self._turns)
+        return 0 if waited or line.taken < self.limits.first else times
+
+    def _least(self, line: _Line) -> int:
+        """How often the block at the head of its heap was given; puts that in order first."""
+        while True:
+            times, ask = line.ranked[0]
+            cid = line.asks.get(ask)
+            if cid is None:
+                heappop(line.ranked)
+            elif (now := self._given.times(cid)) > times:
+                heapreplace(line.ranked, (now, ask))
+            else:
+                return times
+
+    def _read(self, stream: int, room: int, now: float) -> ReadBlocks:
+        line = self._lines[stream]
+        free = min(room, self.limits.ahead - line.held)
+        # A slow server decides block by block; a fast one saves hops.
+        count = min(self.limits.batch, free // MAX_BLOCK_SIZE, max(1, self._outflow.room // BATCH_ROOM))
+        if not self.held:
+            self._outflow.began(now)
+        if not line.held:
+            line.moved_at = now
+        times = self._least(line)
+        asks: list[tuple[int, CID]] = []
+        while len(asks) < count and line.asks and self._least(line) == times:
+            ask = heappop(line.ranked)[1]
+            asks.append((ask, line.asks.pop(ask)))
+        for _, cid in asks:
+            self._given.add(cid)
+        line.taken += len(asks)
+        line.passed = 0
+        self._hold(line, len(asks) * MAX_BLOCK_SIZE)
+        self._rotate(stream)
+        return ReadBlocks(stream, tuple(asks))
+
+    def _rotate(self, stream: int) -> None:
+        """It had its turn."""
+        self._turns.remove(stream)
+        self._turns.append(stream)
 
     def _want(self, line: _Line, first: int, links: Sequence[CID]) -> None:
         if first != line.next_ask:
             raise RemoteProtocolError(f"asks numbered from {first}; the next is {line.next_ask}")
         if line.unanswered + len(links) > self.limits.asks:
             raise RemoteProtocolError(f"over {self.limits.asks} asks at once")
-        line.asks.update(enumerate(links, first))
+        if len(line.ranked) > 2 * self.limits.asks:
+            line.ranked = [entry for entry in line.ranked if entry[1] in line.asks]
+            heapify(line.ranked)
+        for ask, cid in enumerate(links, first):
+            line.asks[ask] = cid
+            heappush(line.ranked, (self._given.times(cid), ask))
         line.next_ask += len(links)
         line.unanswered += len(links)
 

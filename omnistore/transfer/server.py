@@ -194,7 +194,7 @@ class _Server:
                     size = len(message.data)
                     outlet.blocks += 1
                     outlet.bytes += size
-                    self.serving.was_sent(number, size)
+                    self.serving.was_sent(number, size, trio.current_time())
                     self.lot.unpark_all()
         except trio.TooSlowError:
             outlet.reason = f"asked and then took in nothing for {SEND_PATIENCE:.0f} s"
@@ -236,7 +236,7 @@ class _Server:
     async def work(self) -> None:
         """Do jobs, in the turns that `serving` gives, for ever."""
         while True:
-            job = self.serving.next()
+            job = self.serving.next(trio.current_time())
             if job is None:
                 await self.lot.park()
             elif isinstance(job, ReadBlocks):
@@ -275,6 +275,8 @@ class _Server:
         pause = NEWS_EVERY
         while True:
             await trio.sleep(pause)
+            # Those who stopped reading make room for others with time, without an event of theirs.
+            self.lot.unpark_all()
             started = trio.current_time()
             for part in self.serving.polled:
                 bitmap = await trio.to_thread.run_sync(_held_of, self.store, part, limiter=self.threads)

@@ -48,6 +48,8 @@ class SessionLimits:
     refresh: float = 1.0
     """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too.
     Such a query is answered when there is news."""
+    probe: float = 1.0
+    """Seconds of silence after which a peer is made to show that it lives."""
     duplicate_share: int = 50
     """One in so many wanted bytes may arrive twice: 2 %."""
     duplicate_least: int = 4 << 20
@@ -227,18 +229,18 @@ class Session:
         if source is None:
             return
         source.flow.progressed(now)
-        source.answered_at = now
         for cid in event.cids:
             ask = source.asks.get(cid)
             if ask is None:
                 raise LocalProtocolError(f"{event.peer} answered for {cid}, which it was not asked for")
             self._answered(source, cid)
             self._pay_back(ask.size, now)
-            if ask.given_up:
+            if ask.cancelled:
                 source.holdings.allow(self._demand.places(cid))
             else:
+                source.answered_at = now
                 source.holdings.deny(self._demand.places(cid))
-                self._release(cid)
+            self._release(cid)
             self._settle(cid)
             self._recount(cid)
 
@@ -265,6 +267,8 @@ class Session:
         self._fill(now)
         for source in sorted(self._sources.values(), key=lambda s: -(s.flow.rate or 0.0)):
             self._relieve(source, now)
+        for source in self._sources.values():
+            self._probe(source, now)
         self._check_hope(now)
 
     # --- asking -----------------------------------------------------------------------------
@@ -340,8 +344,14 @@ class Session:
     def _give_up(self, source: Source, cid: CID) -> None:
         """Cancel an ask. It counts until it is answered; the block is not asked of this peer till then."""
         source.asks[cid].given_up = True
-        source.holdings.deny(self._demand.places(cid))
-        self._out.append(e.SendCancel(source.id, (cid,)))
+        self._cancel(source, cid)
+
+    def _cancel(self, source: Source, cid: CID) -> None:
+        ask = source.asks[cid]
+        if not ask.cancelled:
+            ask.cancelled = True
+            source.holdings.deny(self._demand.places(cid))
+            self._out.append(e.SendCancel(source.id, (cid,)))
 
     def _relieve(self, source: Source, now: float) -> None:
         """End-game: let a peer with nothing to do take over asks that others would need longer for."""
@@ -398,6 +408,13 @@ class Session:
         since = source.silent_since
         if since is not None and now - max(since, flow.alive_at) > self.limits.flow.silence_most:
             self._drop(source.id, "stalled: does not say what it holds", now, banned=False)
+
+    def _probe(self, source: Source, now: float) -> None:
+        """Take back the last ask of a peer that sent nothing for a while: it answers at once, however many
+        others it serves before us, unless it stalled. What to ask instead is then chosen again."""
+        silent = source.asks and now - source.flow.alive_at >= self.limits.probe
+        if silent and not any(ask.cancelled for ask in source.asks.values()):
+            self._cancel(source, next(reversed(source.asks)))
 
     def _drop(self, peer: str, reason: str, now: float, *, banned: bool) -> None:
         if banned:

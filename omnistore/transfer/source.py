@@ -22,6 +22,9 @@ class Ask:
     size: int
     at: float
     given_up: bool = False
+    """Not hoped for any more: the block came, or is asked of somebody else."""
+    cancelled: bool = False
+    """A `cancel` was sent: it is answered by `missing` or by its block."""
 
 
 @dataclass(slots=True, eq=False)

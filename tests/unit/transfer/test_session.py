@@ -190,11 +190,35 @@ def test_silence_drops_and_its_asks_go_to_others() -> None:
     joined(machine, "a")
     joined(machine, "b", bitmap=b"\x00")
     machine.step(e.BytesReceived("a"), 10)
-    assert kinds(machine.step(e.Tick(), 24)) == [e.AskHave]
+    assert kinds(machine.step(e.Tick(), 24)) == [e.AskHave, e.SendCancel]
     machine.step(e.HoldsReceived("b", PART, b"\x00"), 25)
     assert machine.step(e.Tick(), 25.5) == [e.DropPeer("a", "stalled: no byte for 15.5 s", False)]
     assert wants(machine.step(e.HoldsReceived("b", PART, b"\x01"), 26)) == [("b", [0])]
     assert machine.banned == {}
+
+
+def test_a_silent_peer_shows_that_it_lives_by_answering_a_cancel() -> None:
+    """A seeder with many requesters sends each nothing for long: it is asked to take one ask back."""
+    machine = session()
+    machine.step(ALL, 0)
+    joined(machine, "busy")
+    last = BLOCKS[1].cid
+    cancel, missing = e.SendCancel("busy", (last,)), e.MissingReceived("busy", (last,))
+    for now in range(2, 40, 2):
+        assert machine.step(e.Tick(), now) == [cancel]
+        assert machine.step(e.Tick(), now + 0.1) == []
+        # Nobody else was asked, so the block is wanted again, and this peer may be asked for it.
+        assert wants(machine.step(missing, now + 0.2)) == [("busy", [1])]
+    assert machine.peers == ("busy",)
+
+
+def test_a_block_that_comes_though_its_ask_was_taken_back_is_used() -> None:
+    machine = session()
+    machine.step(e.WantsAdded(PART, BLOCKS[:1], 1), 0)
+    joined(machine, "busy", bitmap=b"\x01")
+    assert machine.step(e.Tick(), 2) == [e.SendCancel("busy", (BLOCKS[0].cid,))]
+    assert machine.step(received("busy", 0), 3) == [e.Verify("busy", BLOCKS[0].cid)]
+    assert machine.duplicate_bytes == 0
 
 
 def test_a_trickle_is_dropped_when_others_hold_what_it_owes() -> None:
