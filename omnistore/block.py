@@ -49,5 +49,9 @@ class Block:
             raise DigestMismatch(f"{len(data)} bytes do not match block {cid}")
         return cls(cid, data, _seal)
 
+    def kept(self) -> Block:
+        """The same in memory of its own, for whoever keeps what lay in a lent buffer."""
+        return Block(self.cid, bytes(self.data), _seal)
+
     def __len__(self) -> int:
         return len(self.data)

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.buffers import Buffers
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.messages import (
     LIMITS,
@@ -36,7 +37,7 @@ class Arrived:
     """The answer to one ask: bytes of the right length, not verified."""
 
     wanted: Wanted
-    data: bytes | memoryview
+    data: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,9 @@ Answer: TypeAlias = Hello | Arrived | Refused | Holds | Error
 class Asks:
     """What is asked and unanswered on one stream."""
 
-    def __init__(self) -> None:
-        self._decoder = Decoder(SERVER, self._announced)
+    def __init__(self, buffers: Buffers | None = None) -> None:
+        """`buffers`: where payloads are put; whoever is done with one gives it back there."""
+        self._decoder = Decoder(SERVER, self._announced, buffers)
         self._next = 0
         self._wanted: dict[int, Wanted] = {}
         self._numbers: dict[CID, int] = {}
@@ -97,7 +99,7 @@ class Asks:
             raise RemoteProtocolError("greeted twice" if self.greeted else "answered before its hello")
         match message:
             case Deliver(ask, data):
-                return Arrived(self._take(ask), data)
+                return Arrived(self._take(ask), memoryview(data))
             case Missing(asks):
                 return Refused(tuple(self._take(ask).cid for ask in asks))
             case Holds(part, _):

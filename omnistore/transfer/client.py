@@ -339,7 +339,7 @@ class _Fetch:
             def keep(blocks: Sequence[Block]) -> None:
                 for block in blocks:
                     self.store.put_node(block)
-                    found[block.cid] = block
+                    found[block.cid] = block.kept()
 
             await self.swarm.fetch([WantsAdded(None, tuple(lacking), (1 << len(lacking)) - 1)], keep)
         return found
@@ -357,7 +357,7 @@ class _Fetch:
         blocks = await self._thread(partial(_read_held, self.store, [c for p in by_file for c in p.blocks]))
 
         def keep(arrived: Sequence[Block]) -> None:
-            blocks.update((block.cid, block) for block in arrived)
+            blocks.update((block.cid, block.kept()) for block in arrived)
 
         wants = []
         for part in by_file:

@@ -16,6 +16,7 @@ from omnistore import dagcbor
 from omnistore.block import MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.buffers import Buffers
 
 PROTOCOL: Final = "/omni/transfer/1.0.0"
 LENGTH_SIZE: Final = 4
@@ -166,13 +167,19 @@ Announced: TypeAlias = Callable[[int, int], None]
 class Decoder:
     """Turns what arrives on one stream into messages, however the bytes are split."""
 
-    def __init__(self, accepts: frozenset[str], announced: Announced | None = None) -> None:
-        """`accepts`: `SERVER` on a requester's side, `REQUESTER` on a server's."""
+    def __init__(
+        self, accepts: frozenset[str], announced: Announced | None = None, buffers: Buffers | None = None
+    ) -> None:
+        """`accepts`: `SERVER` on a requester's side, `REQUESTER` on a server's.
+
+        Payloads lie in memory of `buffers`; whoever gets one may give it back there.
+        """
         self._accepts = accepts
         self._announced = announced
+        self._buffers = buffers or Buffers(0)
         self._head = bytearray()
         self._ask: int | None = None
-        self._pieces: list[memoryview] = []
+        self._payload = memoryview(b"")
         self._lacking = LENGTH_SIZE
         self._dead = False
 
@@ -187,10 +194,7 @@ class Decoder:
         return self._ask is None and not self._head
 
     def feed_untrusted(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless.
-
-        `data` must not change afterwards: payloads may refer to it.
-        """
+        """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless."""
         if self._dead:
             raise LocalProtocolError("fed after the stream was found broken")
         found: list[Message] = []
@@ -209,10 +213,12 @@ class Decoder:
 
     def _take(self, piece: memoryview) -> Message | None:
         """Take in at most what is lacking; the message it completes."""
-        self._lacking -= len(piece)
         if self._ask is not None:
-            self._pieces.append(piece)
+            start = len(self._payload) - self._lacking
+            self._payload[start : start + len(piece)] = piece
+            self._lacking -= len(piece)
             return None if self._lacking else self._delivered(self._ask)
+        self._lacking -= len(piece)
         self._head += piece
         if self._lacking:
             return None
@@ -236,12 +242,13 @@ class Decoder:
         self._lacking = _integer(fields["size"], "a block's size", 1, LIMITS.payload)
         if self._announced is not None:
             self._announced(self._ask, self._lacking)
+        self._payload = self._buffers.lend(self._lacking)
         return None
 
     def _delivered(self, ask: int) -> Deliver:
-        pieces, self._pieces = self._pieces, []
+        payload, self._payload = self._payload, memoryview(b"")
         self._ask, self._lacking = None, LENGTH_SIZE
-        return Deliver(ask, pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return Deliver(ask, payload)
 
 
 _FIELDS: Final[Mapping[str, frozenset[str]]] = {

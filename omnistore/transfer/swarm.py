@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -29,6 +29,7 @@ from omnistore.errors import (
 from omnistore.net.interface import Network, Provider, Stream
 from omnistore.transfer import events as e
 from omnistore.transfer.asks import Answer, Arrived, Asks, Refused
+from omnistore.transfer.buffers import Buffers
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.messages import PROTOCOL, Error, Hello, Holds
 from omnistore.transfer.session import Session
@@ -36,7 +37,11 @@ from omnistore.transfer.session import Session
 _log = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[Block]], None]
-"""Keeps verified blocks; called in a thread."""
+"""Keeps verified blocks; called in a thread. Their memory is lent: it is for others once this returns."""
+
+
+_Unverified: TypeAlias = tuple[str, Wanted, memoryview]
+"""What a peer sent for what was wanted; the memory is lent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,11 @@ class SwarmLimits:
     unverified: int = 12
     """Blocks received and waiting to be verified: 12 MiB bridge the disk's pauses at 200 MB/s."""
     batch: int = 8
-    """Blocks verified and written in one hop to a thread."""
+    """Blocks verified and written in one hop to a thread, at most."""
+    gather: int = 4
+    """Blocks waited for before such a hop, while more are on their way: each costs a transaction too."""
+    gather_time: float = 0.01
+    """Seconds that this takes at most."""
     receive: int = 1 << 20
     """Bytes taken from a stream at once, at most."""
     tick: float = 0.1
@@ -77,7 +86,7 @@ class Link:
 
     stream: Stream
     scope: trio.CancelScope
-    asks: Asks = field(default_factory=Asks)
+    asks: Asks
     outgoing: bytearray = field(default_factory=bytearray)
     due: trio.Event = field(default_factory=trio.Event)
     alive: bool = False
@@ -123,9 +132,10 @@ class Swarm:
         """Whether no candidates will come beyond those added so far."""
         self._links: dict[str, Link] = {}
         self._candidates: dict[str, Provider] = {}
+        self._buffers = Buffers()
         self._slots = trio.Semaphore(limits.links)
         self._threads = trio.CapacityLimiter(2)
-        channel = trio.open_memory_channel[tuple[str, Wanted, bytes | memoryview]]
+        channel = trio.open_memory_channel[_Unverified]
         self._received, self._to_verify = channel(limits.unverified)
         self._joined: set[str] = set()
         self._delivered: dict[str, int] = {}
@@ -264,7 +274,7 @@ class Swarm:
         """One stream, from its opening to its end."""
         stream = await self._network.open_stream(provider, PROTOCOL)
         peer = provider.peer
-        link = Link(stream, trio.CancelScope())
+        link = Link(stream, trio.CancelScope(), Asks(self._buffers))
         fault: PeerUnreachable | None = None
         try:
             with link.scope:
@@ -332,6 +342,8 @@ class Swarm:
                     link.held_up = True
                     await self._received.send((peer, wanted, data))
                     link.held_up = False
+                else:
+                    self._buffers.take_back(data)
             case Refused(cids):
                 self._dispatch(e.MissingReceived(peer, cids))
             case Holds(part, blocks):
@@ -344,12 +356,7 @@ class Swarm:
     async def _verify(self) -> None:
         """Verify and keep what arrived, as many blocks at a time as have come together."""
         while True:
-            batch = [await self._to_verify.receive()]
-            while len(batch) < self._limits.batch:
-                try:
-                    batch.append(self._to_verify.receive_nowait())
-                except trio.WouldBlock:
-                    break
+            batch = await self._gather()
             if self._sink is None:
                 raise LocalProtocolError("a block arrived that nothing was to be done with")
             try:
@@ -365,7 +372,22 @@ class Swarm:
                     continue
                 self._count(peer, wanted.cid, len(data))
                 self._dispatch(e.BlockVerified(wanted.cid))
+            for _, _, data in batch:
+                self._buffers.take_back(data)
             self.progressed()
+
+    async def _gather(self) -> list[_Unverified]:
+        """One block at least; some more, if they are on their way."""
+        batch = [await self._to_verify.receive()]
+        with trio.move_on_after(self._limits.gather_time):
+            while len(batch) < self._limits.gather and self.session.outstanding:
+                batch.append(await self._to_verify.receive())
+        while len(batch) < self._limits.batch:
+            try:
+                batch.append(self._to_verify.receive_nowait())
+            except trio.WouldBlock:
+                break
+        return batch
 
     def _count(self, peer: str, cid: CID, size: int) -> None:
         tally = self.tally
@@ -378,7 +400,7 @@ class Swarm:
             tally.peers.setdefault(peer, 0)
 
 
-def _keep_verified(batch: Sequence[tuple[str, Wanted, bytes | memoryview]], sink: Sink) -> set[CID]:
+def _keep_verified(batch: Sequence[_Unverified], sink: Sink) -> set[CID]:
     """Give the blocks that match their CIDs to `sink`; the CIDs of the others."""
     good, refused = [], set()
     for _, wanted, data in batch:

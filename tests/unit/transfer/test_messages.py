@@ -6,8 +6,10 @@ import pytest
 from blake3 import blake3
 
 from omnistore import dagcbor
+from omnistore.block import BLOCK_SIZE, Block
 from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
+from omnistore.transfer.buffers import Buffers
 from omnistore.transfer.messages import (
     LIMITS,
     REQUESTER,
@@ -83,15 +85,34 @@ def test_there_and_back_however_split(accepts: frozenset[str], messages: list[Me
     assert decoder.lacking == 4
 
 
-def test_a_payload_that_arrives_alone_is_not_copied() -> None:
-    decoder = Decoder(SERVER)
-    payload = bytes(1 << 20)
-    assert decoder.feed_untrusted(encode(Deliver(1, payload))) == []
-    assert decoder.lacking == len(payload)
-    (message,) = decoder.feed_untrusted(payload)
-    assert isinstance(message, Deliver)
-    assert isinstance(message.data, memoryview)
-    assert message.data.obj is payload
+def test_payloads_lie_in_lent_memory_that_is_used_again() -> None:
+    buffers = Buffers()
+    decoder = Decoder(SERVER, buffers=buffers)
+    payload = bytes(range(256)) * 16
+    (first,) = decoder.feed_untrusted(encode(Deliver(1, payload)) + payload)
+    assert isinstance(first, Deliver) and first.data == payload
+    assert isinstance(first.data, memoryview)
+    memory, block = first.data.obj, Block.raw(first.data)
+    kept = block.kept()
+    buffers.take_back(first.data)
+    with pytest.raises(ValueError, match="released"):
+        bytes(block.data)
+    (second,) = decoder.feed_untrusted(encode(Deliver(2, b"other")) + b"other")
+    assert isinstance(second, Deliver) and second.data == b"other"
+    assert isinstance(second.data, memoryview) and second.data.obj is memory
+    assert kept.data == payload
+
+
+def test_buffers_kept_are_bounded_and_large_ones_are_not_kept() -> None:
+    buffers = Buffers(spare=1)
+    lent = [buffers.lend(BLOCK_SIZE), buffers.lend(1), buffers.lend(BLOCK_SIZE + 1)]
+    first, second, large = (view.obj for view in lent)
+    assert len(lent[2]) == BLOCK_SIZE + 1
+    for view in reversed(lent):
+        buffers.take_back(view)
+    assert buffers.lend(3).obj is second
+    fresh = buffers.lend(3).obj
+    assert all(fresh is not other for other in (first, second, large))
 
 
 def test_a_full_want_fits_in_a_message() -> None:
