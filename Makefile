@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  ?= .peers
 
 .PHONY: demo test test-slow soak interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-swarm bench-engine demo-model demo-manifest clean
 
@@ -61,8 +62,12 @@ bench-swarm: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory
 
+# The ort engine beside llama.cpp on the same files; PEERS is where llama-cpp-python is.
+.PHONY: bench-llama
+bench-llama: $(STAMP) $(PEERS)
+	$(BIN)/python -m tests.bench.bench_engine --peers $(PEERS)/bin/python
+
 # Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
-PEERS ?= .peers
 .PHONY: parity-tokens
 parity-tokens: $(STAMP) $(PEERS)
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.tokens

@@ -23,7 +23,7 @@ from omninfer.frames import LIMITS, Load, Progress
 from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
 from omninfer.pipeline import LocalStage, Pipeline, RunningStage
 from omninfer.plan import Machine, ModelCosts, Plan, PlannedStage, make_plan
-from omninfer.profile import FOOTPRINT, free_memory, measure
+from omninfer.profile import footprint, free_memory, measure
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, stage_parts
 from omninfer.threads import ComputeThread
 from omninfer.weights import NetworkWeights
@@ -230,13 +230,15 @@ class Coordinator:
         return [found[peer] for peer in candidates if peer in found]
 
     async def _this_machine(self) -> Machine:
+        engine = pick_engine(self._options.engine, self.about.spec)
         if self._speed is None:
             thread = ComputeThread("profile")
             try:
-                self._speed = await thread.run(measure, pick_engine(self._options.engine))
+                self._speed = await thread.run(measure, engine)
             finally:
                 thread.close()
-        return Machine(self._site.network.peer_id, free_memory(), self._speed, footprint=FOOTPRINT)
+        each = footprint(engine.name)
+        return Machine(self._site.network.peer_id, free_memory(), self._speed, footprint=each)
 
     def _make_plan(self, machines: dict[str, Machine], named: frozenset[str]) -> Plan:
         own, fixed = self._site.network.peer_id, self._wishes.fixed
@@ -334,7 +336,7 @@ class Coordinator:
         # The part nodes may have come only now.
         about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
         source = StoreTensorSource(site.store, about.model, parts)
-        engine, context = pick_engine(self._options.engine), self._options.context
+        engine, context = pick_engine(self._options.engine, spec.model), self._options.context
 
         def load() -> Stage:
             return engine.load(spec, source, context=context, progress=progressed("load"))

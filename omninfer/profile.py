@@ -21,6 +21,8 @@ RESERVE: Final = 512 << 20
 """Bytes of free memory that are never planned away: the interpreter, activations, other programs."""
 FOOTPRINT: Final = 1.1
 """Bytes of memory per packed byte: what the engines' memory rule (tests/bench) leaves over its constant."""
+ORT_FOOTPRINT: Final = 2.6
+"""The same of the ort engine, whose scales are float32: 2.1 (Q4_K_M) to 2.5 (Q6_K, F16) were measured."""
 MEASURE_SECONDS: Final = 0.1
 MEASURE_ROUNDS: Final = 50
 
@@ -34,6 +36,11 @@ _METADATA: Final = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.vocab_size": 8,
 }
+
+
+def footprint(engine: str) -> float:
+    """Bytes of memory per packed byte of a stage of that engine."""
+    return ORT_FOOTPRINT if engine == "ort" else FOOTPRINT
 
 
 def free_memory() -> int:

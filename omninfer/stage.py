@@ -22,7 +22,7 @@ from omninfer.engines import Engine, Stage, StageSpec, pick_engine
 from omninfer.engines.interface import WhichLogits
 from omninfer.link import FrameLink
 from omninfer.plan import ModelCosts
-from omninfer.profile import FOOTPRINT, free_memory, measure
+from omninfer.profile import footprint, free_memory, measure
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, header_parts, stage_parts
 from omninfer.threads import ComputeThread
 from omninfer.warm import Lease, Need, StageKey, WarmStages
@@ -216,8 +216,9 @@ class _CoordinatorStream:
         if refusal is not None:
             await self._link.send(refusal)
             return
+        each = int(footprint(engine.name) * 1000)
         memory = min(self._lender.stages.available, frames.LIMITS.number)
-        await self._link.send(frames.Profile(engine.name, memory, max(1, int(speed)), int(FOOTPRINT * 1000)))
+        await self._link.send(frames.Profile(engine.name, memory, max(1, int(speed)), each))
 
     async def _load(self, frame: frames.Load) -> None:
         answer: frames.Frame
@@ -232,9 +233,10 @@ class _CoordinatorStream:
     async def _load_untrusted(self, frame: frames.Load) -> frames.Ready:
         """Fetch and load. Raises any `OmniError`, which becomes a refusal."""
         lender = self._lender
-        engine = pick_engine(frame.engine)
+        pick_engine(frame.engine)  # before anything is fetched for one that is not here
         fetched = await self._fetch(frame, header_parts)
         about = await trio.to_thread.run_sync(describe_untrusted, lender.store, frame.model)
+        engine = pick_engine(frame.engine, about.spec)
         spec = StageSpec(about.spec, frame.first, frame.last, embed=frame.embed, head=frame.head)
         parts = stage_parts(about.model.manifest, spec)
         fetched += await self._fetch(frame, lambda _: parts)
@@ -262,7 +264,7 @@ class _CoordinatorStream:
             engine.name,
             frame.context,
         )
-        need = needed(about, frame.first, frame.last, frame.context)
+        need = needed(about, spec, frame.context, engine.name)
         self._lease = await lender.stages.lease(key, frame.slots, need, load)
         return frames.Ready(self._lease.stage.nbytes, fetched)
 
@@ -294,10 +296,11 @@ class _CoordinatorStream:
         await self._lease.warm.thread.run(call, self._lease.stage, self._lease.slots[slot])
 
 
-def needed(about: Description, first: int, last: int, context: int) -> Need:
+def needed(about: Description, spec: StageSpec, context: int, engine: str) -> Need:
     """Memory of a stage, as the coordinator's planner reckons it."""
     costs = ModelCosts.of(about.model.manifest, about.spec, context=context)
-    return Need(int(costs.weights(first, last) * FOOTPRINT), costs.kv * (last - first))
+    weights = costs.weights(spec.first, spec.last) * footprint(engine)
+    return Need(int(weights), costs.kv * (spec.last - spec.first))
 
 
 def _refusal_code(error: OmniError) -> str:

@@ -30,7 +30,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--bootstrap", multiple=True, metavar="MADDR", help="Find peers through this node's DHT."
         ),
-        click.option("--engine", default="auto", metavar="NAME", help="auto, mlx or numpy."),
+        click.option("--engine", default="auto", metavar="NAME", help="auto, mlx, ort or numpy."),
         click.option(
             "--context", type=click.IntRange(min=1), help="Most tokens of prompt and text together."
         ),

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Final, cast
 
+from omninfer.arch import ModelSpec
 from omninfer.engines.files import FileTensorSource
 from omninfer.engines.interface import (
     Engine,
@@ -34,6 +35,7 @@ __all__ = [
 
 ENGINES: Final[Mapping[str, str]] = {
     "mlx": "omninfer.engines.mlx_engine",
+    "ort": "omninfer.engines.ort_engine",
     "numpy": "omninfer.engines.numpy_engine",
 }
 
@@ -52,22 +54,21 @@ def get_engine(name: str) -> Engine:
     return engine
 
 
-def pick_engine(name: str = "auto") -> Engine:
-    """The engine to use: `name`, or for "auto" mlx where a GPU answers and numpy elsewhere.
+def pick_engine(name: str = "auto", model: ModelSpec | None = None) -> Engine:
+    """The engine to use: `name`, or for "auto" mlx where a GPU answers, ort elsewhere, and numpy where
+    neither can be loaded, or has not what `model` needs.
 
-    Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS. Tokens a second, both
-    engines in one run on two busy cores:
-
-        shape of a 1.1B model       prefill 16       decode
-                                  numpy    mlx    numpy    mlx
-        Q4_K, 590 MB                8.7    1.2      1.4    2.0
-        Q8_0, 1.1 GB               12.3    1.2      2.4    2.0
-        F32, 1.2 MB (260K)                          2300   560
+    Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS: 1 to 2 tokens a second of
+    a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0007-onnx-runtime-on-cpus).
     """
     if name != "auto":
         return get_engine(name)
-    try:
-        mlx = get_engine("mlx")
-    except BadConfig:
-        return get_engine("numpy")
-    return mlx if mlx.accelerated() else get_engine("numpy")
+    for candidate in ("mlx", "ort"):
+        try:
+            engine = get_engine(candidate)
+        except BadConfig:
+            continue
+        known = model is None or not model.features & ~engine.features
+        if known and (candidate != "mlx" or engine.accelerated()):
+            return engine
+    return get_engine("numpy")

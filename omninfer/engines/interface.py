@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, ModelSpec
+from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec
 from omnistore.chunker.ggml import GGMLType
 from omnistore.errors import InputError
 
@@ -133,6 +133,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def features(self) -> Feature:
+        """What it knows of transformer blocks; `load` refuses a model with more."""
 
     def unavailable(self) -> str | None:
         """Why this engine can not run on this machine, or None if it can."""

@@ -230,6 +230,7 @@ class MlxEngine:
     """See the module. `compute` is the type of products; None picks the device's best."""
 
     name = "mlx"
+    features = ~Feature.NONE
 
     def __init__(self, compute: Any = None) -> None:
         self._compute = compute

@@ -227,6 +227,7 @@ class NumpyEngine:
     """See the module."""
 
     name = "numpy"
+    features = ~Feature.NONE
 
     def unavailable(self) -> str | None:
         return None

@@ -1,6 +1,6 @@
 """Peak memory of a stage against its limit: 1.3 x its packed weights + 300 MB.
 
-    python -m tests.bench.bench_engine_memory [--engine mlx|numpy] [--only NAME]
+    python -m tests.bench.bench_engine_memory [--engine mlx|ort|numpy] [--only NAME]
 
 Each case loads a model of noise in a fresh process, runs a prompt and a token, and reports the highest
 resident size that the process ever had. `file` reads a GGUF that is made for it; the other cases make
@@ -111,7 +111,7 @@ def measure(engine_name: str, case_name: str, file: Path) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", default="mlx", choices=["mlx", "numpy"])
+    parser.add_argument("--engine", default="mlx", choices=["mlx", "ort", "numpy"])
     parser.add_argument("--only", choices=sorted(CASES))
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,7 @@
 """Writes a llama-shaped GGUF of a wanted size, filled with seeded pseudo-random numbers, for benchmarks.
 
     python tests/bench/make_gguf.py OUT.gguf [--size 1GiB] [--layers 22] [--type Q8_0] [--seed 0]
+    python tests/bench/make_gguf.py OUT.gguf --shape tinyllama [--type Q4_K_M] [--seed 0]
 
 Tensors come in the order in which llama-quantize writes them (outside the layers first, then layer by layer,
 each sorted by name), cost bounded memory, and hold finite numbers of a sensible scale, so that an engine can
@@ -51,6 +52,8 @@ TYPES = {
     "Q4_K": TensorType(12, 15, 256, 144, (1, 3)),
     "Q6_K": TensorType(14, 18, 256, 210, (209,)),
 }
+MIXES = {"Q4_K_M": "Q4_K"}
+"""Mixes of types, and the type of most of their tensors."""
 F32_CODE = 0
 STRING, UINT8, UINT32, FLOAT32, ARRAY = 8, 0, 4, 6, 9
 
@@ -85,14 +88,33 @@ class Shape:
             yield at + "ffn_norm.weight", (w,)
             yield at + "ffn_up.weight", (w, hidden)
 
-    def bytes_of(self, dims: tuple[int, ...]) -> int:
+    def kind_of(self, name: str) -> str:
+        """The type of a matrix; a mix is llama-quantize's."""
+        if self.kind not in MIXES:
+            return self.kind
+        careful = name.endswith(("attn_v.weight", "ffn_down.weight"))
+        if name == "output.weight" or (careful and self._has_more_bits(int(name.split(".")[1]))):
+            return "Q6_K"
+        return MIXES[self.kind]
+
+    def _has_more_bits(self, layer: int) -> bool:
+        """The first and the last eighth of the layers, and every third between."""
+        eighth = self.layers // 8
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+    def bytes_of(self, name: str, dims: tuple[int, ...]) -> int:
         if len(dims) == 1:
             return 4 * dims[0]
-        kind = TYPES[self.kind]
+        kind = TYPES[self.kind_of(name)]
         return math.prod(dims) // kind.values * kind.size
 
     def payload(self) -> int:
-        return sum(_aligned(self.bytes_of(dims)) for _, dims in self.tensors())
+        return sum(_aligned(self.bytes_of(name, dims)) for name, dims in self.tensors())
+
+
+def tinyllama(kind: str) -> Shape:
+    """TinyLlama's shape: 1.1 thousand million weights."""
+    return Shape(kind, layers=22, width=2048, hidden=5632, vocabulary=32000)
 
 
 def _aligned(count: int) -> int:
@@ -107,7 +129,7 @@ def header(shape: Shape, filler: int) -> bytes:
     """Everything before the first tensor's data; `filler` bytes of metadata bring the file to its size."""
     heads, kv_heads = shape.width // HEAD_WIDTH, shape.kv_width // HEAD_WIDTH
     integers = {
-        "general.file_type": TYPES[shape.kind].file_type,
+        "general.file_type": TYPES[MIXES.get(shape.kind, shape.kind)].file_type,
         "llama.context_length": 2048,
         "llama.embedding_length": shape.width,
         "llama.block_count": shape.layers,
@@ -124,9 +146,9 @@ def header(shape: Shape, filler: int) -> bytes:
     pairs.append(_text("bench.filler") + struct.pack("<IIQ", ARRAY, UINT8, filler) + bytes(filler))
     infos, offset = [], 0
     for name, dims in shape.tensors():
-        code = F32_CODE if len(dims) == 1 else TYPES[shape.kind].code
+        code = F32_CODE if len(dims) == 1 else TYPES[shape.kind_of(name)].code
         infos.append(_text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, offset))
-        offset += _aligned(shape.bytes_of(dims))
+        offset += _aligned(shape.bytes_of(name, dims))
     data = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs)) + b"".join(pairs) + b"".join(infos)
     return data + bytes(_aligned(len(data)) - len(data))
 
@@ -171,18 +193,23 @@ def make_gguf(
     """Writes the file, exactly `size` bytes rounded down to the alignment, and says what shape it got."""
     size -= size % ALIGNMENT
     shape, filler = fitted(size, layers, kind)
+    write_gguf(path, shape, filler=filler, seed=seed)
+    return shape
+
+
+def write_gguf(path: Path, shape: Shape, *, filler: int = 0, seed: int = 0) -> None:
+    """Writes a file of exactly this shape."""
     with path.open("wb") as file:
         file.write(header(shape, filler))
-        for index, (_, dims) in enumerate(shape.tensors()):
-            count = shape.bytes_of(dims)
+        for index, (name, dims) in enumerate(shape.tensors()):
+            count = shape.bytes_of(name, dims)
             if len(dims) == 1:
                 file.write(np.ones(dims, "<f4").tobytes())
             else:
                 rng = np.random.SFC64(np.random.SeedSequence([seed, index]))
-                for piece in numbers(kind, count, rng):
+                for piece in numbers(shape.kind_of(name), count, rng):
                     file.write(piece)
             file.write(bytes(_aligned(count) - count))
-    return shape
 
 
 def parsed_size(text: str) -> int:
@@ -201,13 +228,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", type=parsed_size, default=1 << 30)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--type", choices=sorted(TYPES), default="Q8_0")
+    parser.add_argument("--type", choices=sorted([*TYPES, *MIXES]), default="Q8_0")
+    parser.add_argument("--shape", choices=["tinyllama"], help="instead of a size")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    shape = make_gguf(
+    if options.shape:
+        write_gguf(options.output, shape := tinyllama(options.type), seed=options.seed)
+    else:
+        shape = _sized(parser, options)
+    print(f"{options.output}: {options.output.stat().st_size:,} bytes, {shape}")
+
+
+def _sized(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Shape:
+    if options.type in MIXES:
+        parser.error(f"{options.type} needs --shape")
+    return make_gguf(
         options.output, options.size, layers=options.layers, kind=options.type, seed=options.seed
     )
-    print(f"{options.output}: {options.output.stat().st_size:,} bytes, {shape}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from omninfer.arch import EMBEDDING, HEAD, HEAD_NORM, ROPE_FREQS
 from omninfer.engines import FileTensorSource, StageSpec, get_engine, pick_engine, tensors_needed
 from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.testing.noise import noise_model
-from omnistore.errors import BadConfig, InputError, SourceChanged
+from omnistore.errors import BadConfig, InputError, SourceChanged, UnsupportedModel
 from omnistore.testing.tiny_gguf import TinyTensor, tiny_gguf
 
 
@@ -113,12 +113,20 @@ def test_an_engine_by_name() -> None:
     assert "numpy" in (raised.value.remedy or "")
 
 
-@pytest.mark.parametrize(("gpu", "expected"), [(True, "mlx"), (False, "numpy")])
+@pytest.mark.parametrize(("gpu", "expected"), [(True, "mlx"), (False, "ort")])
 def test_auto_takes_mlx_where_a_gpu_answers(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, expected: str
 ) -> None:
     monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.accelerated", lambda self: gpu)
     assert pick_engine("auto").name == expected
+
+
+def test_auto_takes_numpy_for_what_ort_lacks() -> None:
+    model = noise_model("gemma2")[0]
+    assert pick_engine("auto", model).name == "numpy"
+    assert pick_engine("auto", noise_model()[0]).name == "ort"
+    with pytest.raises(UnsupportedModel, match=r"ort has no .*POST_NORMS"):
+        get_engine("ort").load(StageSpec.whole(model), noise_model("gemma2")[1], context=8)
 
 
 def without_mlx(name: str) -> Any:
@@ -136,7 +144,7 @@ def test_mlx_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_this_machine_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.unavailable", lambda self: "no such chip")
-    assert pick_engine("auto").name == "numpy"
+    assert pick_engine("auto").name == "ort"
     with pytest.raises(BadConfig, match="no such chip"):
         pick_engine("mlx")
 
@@ -144,7 +152,8 @@ def test_an_engine_that_this_machine_can_not_run(monkeypatch: pytest.MonkeyPatch
 def test_importing_engines_imports_no_engine() -> None:
     code = (
         "import sys, omninfer.engines, omninfer.engines.interface\n"
-        "print({'mlx', 'trio', 'libp2p', 'omninfer.engines.numpy_engine'} & set(sys.modules))"
+        "print({'mlx', 'onnx', 'onnxruntime', "
+        "'trio', 'libp2p', 'omninfer.engines.numpy_engine'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
