@@ -45,6 +45,16 @@ class Constraint(Protocol):
         """Take note of a token that was chosen."""
         ...
 
+    @property
+    def complete(self) -> bool:
+        """The text so far has the form."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """It has, and nothing can follow."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -150,6 +160,9 @@ async def generate(
         if stopped:
             result.finish = "stop"
             return result
+        if constraint is not None and constraint.finished:
+            result.finish = "stop"
+            break
     # What was held back for a stop that never came, or for bytes that never became a character.
     text, stopped = matcher.push(stream.flush())
     show(text if stopped else text + matcher.flush(), history[-1])

@@ -61,6 +61,9 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--seed", type=int, help="The same seed gives the same text; default: a new one."),
         click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text."),
+        click.option(
+            "--json-schema", "schema", metavar="FILE|JSON", help="Write JSON that this JSON Schema accepts."
+        ),
         click.option("--silence", type=click.FloatRange(min=2), default=10.0, hidden=True),
     ]
     for option in reversed(options):

@@ -17,7 +17,7 @@ import trio
 from omninfer.chat import ChatTemplate
 from omninfer.cli.opening import Asked, OpenModel, open_model, report, summary
 from omninfer.coordinator import Coordinator
-from omninfer.generation import Generation, generate, new_generation
+from omninfer.generation import Generation, new_generation
 from omninfer.tokenizer import MAX_TEXT
 from omnistore.cli.output import Output
 from omnistore.errors import InputError
@@ -91,7 +91,7 @@ async def _run(output: Output, asked: Asked, prompt: str) -> None:
             generation = new_generation(ids)
             try:
                 await coordinator.ready()
-                await generate(coordinator, opened.tokenizer, ids, asked.params, _shower(output), generation)
+                await opened.write(coordinator, ids, _shower(output), generation)
                 interrupted = False
             except trio.Cancelled:
                 _finish(output, coordinator, generation)
@@ -173,7 +173,7 @@ async def _turn(
     ids = dialogue.prompt(coordinator.context - min(params.max_tokens, coordinator.context // 2))
     generation = new_generation(ids)
     async with _interruptible():
-        await generate(coordinator, opened.tokenizer, ids, params, _shower(output), generation)
+        await opened.write(coordinator, ids, _shower(output), generation)
     if not output.json:
         click.echo()
     output.note(summary(coordinator, generation))

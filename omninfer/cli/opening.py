@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from omninfer.coordinator import Coordinator, RunOptions, Site, Told
 from omninfer.frames import Progress
-from omninfer.generation import Generation, GenerationParams
+from omninfer.generation import Generation, GenerationParams, Shown, generate
+from omninfer.grammar import MAX_SCHEMA, JsonSchema
 from omninfer.sampling import SamplingParams
 from omninfer.sources import Description, describe_untrusted, header_parts
 from omninfer.tokenizer import Tokenizer
@@ -53,6 +55,17 @@ def _bias(text: str) -> tuple[int, float]:
         ) from None
 
 
+def _schema(text: str) -> str:
+    """The schema itself, of a file unless it is given as JSON."""
+    if text.lstrip()[:1] in ("{", "["):
+        return text
+    try:
+        with Path(text).open(encoding="utf-8") as file:
+            return file.read(MAX_SCHEMA + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the JSON schema can not be read: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """The options of both commands, checked."""
@@ -66,6 +79,8 @@ class Asked:
     context: int | None
     silence: float
     params: GenerationParams
+    schema: str | None = None
+    """JSON Schema that what is written has to satisfy."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Asked:
@@ -78,7 +93,8 @@ class Asked:
             options["max_tokens"], tuple(options["stops"]), sampling, options["logprobs"]
         )
         rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence")
-        return cls(params=params, **{name: options[name] for name in rest})
+        schema = None if options["schema"] is None else _schema(options["schema"])
+        return cls(params=params, schema=schema, **{name: options[name] for name in rest})
 
 
 @dataclass(slots=True)
@@ -90,6 +106,7 @@ class OpenModel:
     about: Description
     tokenizer: Tokenizer
     site: Site
+    schema: JsonSchema | None = None
     _told: dict[tuple[str, str], float] = field(default_factory=dict)
     """When each machine's phase was last spoken of, or began."""
     _spoken: set[tuple[str, str]] = field(default_factory=set)
@@ -117,6 +134,18 @@ class OpenModel:
         finally:
             with trio.CancelScope(shield=True):
                 await coordinator.aclose()
+
+    async def write(
+        self, coordinator: Coordinator, prompt: Sequence[int], shown: Shown, generation: Generation
+    ) -> None:
+        """Continue a prompt as it was asked for, into `generation`; says where JSON came out incomplete."""
+        text = self.schema.begin() if self.schema is not None else None
+        await generate(coordinator, self.tokenizer, prompt, self.asked.params, shown, generation, text)
+        if text is not None and not text.complete:
+            why = "--stop" if generation.finish == "stop" else f"--max-tokens {self.asked.params.max_tokens}"
+            if generation.finish == "length" and len(generation.tokens) < self.asked.params.max_tokens:
+                why = "the end of the context"
+            self._note(f"the JSON is incomplete: {why} cut it off")
 
     def _note(self, text: str) -> None:
         self.output.note(text)
@@ -180,7 +209,12 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
 async def _opened(asked: Asked, output: Output, cid: CID, site: Site) -> OpenModel:
     about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_metadata_untrusted, about.metadata)
-    return OpenModel(asked, output, about, tokenizer, site)
+    schema = None
+    if asked.schema is not None:
+        schema = await trio.to_thread.run_sync(
+            JsonSchema.parse_untrusted, asked.schema, tokenizer, about.spec.vocab
+        )
+    return OpenModel(asked, output, about, tokenizer, site, schema)
 
 
 def _look(text: str) -> tuple[CID, bool]:

@@ -161,6 +161,10 @@ class Tokenizer:
             ids.append(vocab.eos)
         return ids
 
+    def continuation(self, text: str) -> list[int]:
+        """The ids of text in the middle of another: no space goes before it, nothing in it is special."""
+        return self._merging.encode(text, after_special=False) if text else []
+
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of some ids, as it continues a text before it: a leading space is kept.
 

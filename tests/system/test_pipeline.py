@@ -71,9 +71,12 @@ def run_json(omni: Run, cid: str, prompt: str, *args: object, **options: Any) ->
 
 def options(cid: str, **changes: Any) -> dict[str, Any]:
     """What click passes on for `omni run CID --max-tokens 64 --temperature 0 …`."""
-    unset = ("top_k", "top_p", "min_p", "seed", "context")
+    unset = (
+        "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
+        "frequency_penalty", "seed", "context", "logprobs", "schema",
+    )  # fmt: skip
     given = {"model": cid, "layers": "auto", "engine": "auto", "silence": 10.0, "max_tokens": 64}
-    none: dict[str, Any] = dict.fromkeys(("lenders", "peers", "bootstrap", "stops"), ())
+    none: dict[str, Any] = dict.fromkeys(("lenders", "peers", "bootstrap", "stops", "biases"), ())
     return {**dict.fromkeys(unset), **none, **given, "temperature": 0.0, **changes}
 
 
@@ -121,6 +124,45 @@ def test_stdout_is_the_completion_alone(published: Callable[[Path], str], omni: 
     done = omni("run", cid, "--prompt", case["prompt"], "--temperature", 0)
     assert done.stdout == case["text"]
     assert "tokens/s" in done.stderr
+
+
+def test_json_of_a_schema_and_what_cuts_it_off(
+    published: Callable[[Path], str], omni: Run, tmp_path: Path
+) -> None:
+    cid, file = published(DEMO), tmp_path / "schema.json"
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    file.write_text(json.dumps(schema))
+    for given in (str(file), json.dumps(schema)):
+        done = omni("run", cid, "--prompt", "Once", "--seed", 3, "--json-schema", given)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) in ({"a": True}, {"a": False})
+        assert "incomplete" not in done.stderr
+    done = omni("run", cid, "--prompt", "Once", "--max-tokens", 2, "--json-schema", given)
+    assert "--max-tokens 2 cut it off" in done.stderr
+    for wrong, fault in (
+        ("{", "no JSON"),
+        ('{"not": {}}', "not"),
+        (str(tmp_path / "none"), "can not be read"),
+    ):
+        done = omni("run", cid, "--prompt", "Once", "--json-schema", wrong)
+        assert done.returncode == 2 and fault in done.stderr, done.stderr
+
+
+def test_options_of_sampling_are_checked_and_log_probabilities_told(
+    published: Callable[[Path], str], omni: Run
+) -> None:
+    cid, case = published(DEMO), demo_case(0)
+    answer = run_json(omni, cid, case["prompt"], "--max-tokens", 3, "--logprobs", 2)
+    assert [one["token"] for one in answer["logprobs"]] == case["tokens"][:3]
+    assert [one["top"][0]["token"] for one in answer["logprobs"]] == case["tokens"][:3]
+    banned = run_json(
+        omni, cid, case["prompt"], "--max-tokens", 1, "--logit-bias", f"{case['tokens'][0]}=-10000"
+    )
+    assert banned["tokens"][0] == answer["logprobs"][0]["top"][1]["token"]
+    for wrong in (("--logit-bias", "x"), ("--typical-p", 2), ("--logprobs", 1000), ("--repeat-penalty", 0)):
+        done = omni("run", cid, "--prompt", "Once", *wrong)
+        assert done.returncode == 2 and done.stderr.startswith("omni: "), done.stderr
 
 
 def test_prompts_from_files_and_pipes_stops_and_seeds(
