@@ -110,6 +110,9 @@ class Coordinator:
         self.about = about
         self.plan: Plan | None = None
         """What runs now, or ran last."""
+        self.computed = 0
+        """Tokens that went through the layers: less than was asked for where a prompt repeats the last one's
+        beginning, more after a loss."""
         self.losses: list[str] = []
         """Peers that were lost, in order."""
         self._site = site
@@ -143,10 +146,13 @@ class Coordinator:
         """The logits after `history`. Raises `PlanInfeasible` when nobody is left to run it."""
         while True:
             pipeline = await self.ready()
+            before = pipeline.computed
             try:
                 return await pipeline.logits(history)
             except StageLost as error:
                 await self._recover(pipeline, error)
+            finally:
+                self.computed += pipeline.computed - before
 
     async def ready(self) -> Pipeline:
         """The running pipeline, built if there is none."""

@@ -90,6 +90,8 @@ class Generation:
     tokens: list[int]
     text: str
     finish: Finish
+    computed: int = 0
+    """Tokens of prompt and text that had to be computed; the others were still in the caches."""
     prompt_seconds: float = 0.0
     """To the first token."""
     seconds: float = 0.0

@@ -177,6 +177,8 @@ class Pipeline:
         self.context = context
         self.lost: frozenset[str] = frozenset()
         """Peers whose stages broke."""
+        self.computed = 0
+        """Tokens that went through the stages, a shared prefix counted once."""
         self._fed: list[int] = []
         """The tokens that every stage has seen."""
         self._piece = max(1, min(PIECE, frames.LIMITS.rows, frames.LIMITS.payload // (4 * width)))
@@ -203,6 +205,7 @@ class Pipeline:
         pieces = [ids[start : start + self._piece] for start in range(0, len(ids), self._piece)]
         last = await (self._one(pieces[0]) if len(pieces) == 1 else self._many(pieces))
         self._clean = True
+        self.computed += len(ids)
         row: NDArray[np.float32] = last[0]
         return row
 

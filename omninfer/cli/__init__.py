@@ -83,7 +83,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(output: Output, **options: Any) -> None:
     """Continue a prompt with a model, here and on machines that lend compute.
 
-    CID may also be the name of a model that is here, or the beginning of its CID.
+    CID may also be PUBLISHER/NAME, the name of a model that is here, or the beginning of its CID.
 
     stdout is the completion and nothing else. With --json, one event per line; the last holds text,
     tokens, prompt_tokens, stages and tokens_per_second.
@@ -103,7 +103,7 @@ def run(output: Output, **options: Any) -> None:
 def chat(output: Output, **options: Any) -> None:
     """Talk with a model, here and on machines that lend compute.
 
-    CID may also be the name of a model that is here, or the beginning of its CID.
+    CID may also be PUBLISHER/NAME, the name of a model that is here, or the beginning of its CID.
 
     On a terminal, /exit or end of file leaves and Ctrl-C cuts an answer short. Otherwise each line of
     stdin is a message and its answer goes to stdout.

@@ -25,6 +25,7 @@ from omninfer.tokenizer import Tokenizer
 from omninfer.weights import NetworkWeights
 from omnistore.cid import CID
 from omnistore.cli.home import config, home_store
+from omnistore.cli.names import find_named, is_published_name
 from omnistore.cli.output import Output, size
 from omnistore.config import load_key
 from omnistore.errors import BlockMissing, InputError, MalformedCID
@@ -140,7 +141,11 @@ class OpenModel:
     ) -> None:
         """Continue a prompt as it was asked for, into `generation`; says where JSON came out incomplete."""
         text = self.schema.begin() if self.schema is not None else None
-        await generate(coordinator, self.tokenizer, prompt, self.asked.params, shown, generation, text)
+        before = coordinator.computed
+        try:
+            await generate(coordinator, self.tokenizer, prompt, self.asked.params, shown, generation, text)
+        finally:
+            generation.computed = coordinator.computed - before
         if text is not None and not text.complete:
             why = "--stop" if generation.finish == "stop" else f"--max-tokens {self.asked.params.max_tokens}"
             if generation.finish == "length" and len(generation.tokens) < self.asked.params.max_tokens:
@@ -179,8 +184,11 @@ class _Alone(Offline):
 @asynccontextmanager
 async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     """Find the model, here or among peers, and read its headers."""
-    cid, whole = await trio.to_thread.run_sync(_look, asked.model)
     others = (*asked.peers, *asked.lenders)
+    name = asked.model
+    if is_published_name(name):
+        name = str(await find_named(output, config(bootstrap=asked.bootstrap), name, others))
+    cid, whole = await trio.to_thread.run_sync(_look, name)
     for addr in others:
         parse_dialable_untrusted(addr)
     providers = tuple(provider_at(addr) for addr in others)
@@ -247,6 +255,7 @@ def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
         "text": generation.text,
         "tokens": generation.tokens,
         "prompt_tokens": list(generation.prompt),
+        "computed_tokens": generation.computed,
         "stages": [{"peer": stage.peer, "layers": stage.layers} for stage in stages],
         "tokens_per_second": round(generation.tokens_per_second, 3),
         "prompt_seconds": round(generation.prompt_seconds, 6),

@@ -16,6 +16,7 @@ from omnistore.testing.tiny_gguf import TinyGGUF, TinyTensor
 if TYPE_CHECKING:
     from tests.system.conftest import StartSeed
 
+DEMO = Path(__file__).resolve().parents[2] / "manifests" / "demo" / "omni-demo-F16.gguf"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -33,6 +34,25 @@ def publisher(tmp_path: Path, omni: Run) -> tuple[Path, Path, str, str]:
     home, file = tmp_path / "publisher", model(tmp_path / "one.gguf", "one")
     cid = omni("add", file, home=home).stdout.split()[-1]
     return home, file, cid, omni("id", home=home).stdout.strip()
+
+
+def test_a_published_name_runs(tmp_path: Path, omni: Run, start_seed: StartSeed) -> None:
+    home, reader = tmp_path / "publisher", tmp_path / "reader"
+    cid = omni("add", DEMO, home=home).stdout.split()[-1]
+    peer = omni("id", home=home).stdout.strip()
+    assert omni("publish", "demo", cid, home=home).returncode == 0
+    keeper = start_seed(tmp_path / "keeper", "--no-mdns")
+    seed = start_seed(home, "--no-mdns", "--bootstrap", keeper.addr)
+    seed.event("published", published="demo", cid=cid)
+    omni("trust", "add", "anna", peer, home=reader)
+    words = ("--prompt", "Once", "--max-tokens", 3, "--temperature", 0, "--layers", "all", "--json")
+    done = omni("run", "anna/demo", "--bootstrap", keeper.addr, *words, home=reader)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (events[0]["event"], events[0]["cid"]) == ("resolved", cid)
+    assert len(events[-1]["tokens"]) == 3
+    unknown = omni("run", "nobody/demo", "--bootstrap", keeper.addr, "--prompt", "x", home=reader)
+    assert unknown.returncode == 5 and "nobody" in unknown.stderr
 
 
 def test_a_published_name_is_pinned_follows_and_never_goes_back(

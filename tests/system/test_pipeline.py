@@ -353,6 +353,9 @@ def test_chat_reads_lines_from_a_pipe_and_answers_each(published: Callable[[Path
     assert process.returncode == 0
     assert len(turns) == 2
     assert all(0 < len(turn["tokens"]) <= 12 for turn in turns)
-    # The second prompt begins with everything of the first turn.
+    # The second prompt begins with everything of the first turn, which is not computed again.
+    asked = [len(turn["prompt_tokens"]) + len(turn["tokens"]) for turn in turns]
+    assert turns[0]["computed_tokens"] in (asked[0], asked[0] - 1)
+    assert turns[1]["computed_tokens"] < asked[1] - len(turns[0]["prompt_tokens"])
     first, second = (turn["prompt_tokens"] for turn in turns)
     assert second[: len(first)] == first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 
@@ -63,6 +64,28 @@ async def test_a_long_prompt_goes_through_in_pieces(
         one.lend("b")
         async with one.coordinate(with_("a", "b")) as coordinator:
             assert await greedily(coordinator, greedy[:30], 10) == greedy[:40]
+
+
+async def test_a_beginning_that_is_still_held_is_not_computed_again(
+    noise_file: Path, greedy: list[int]
+) -> None:
+    other = [*greedy[:7], greedy[0], greedy[1]]
+    asked = [greedy[:9], greedy[:12], other, [*other, 3], greedy[:9], greedy[:9], greedy[:2], [9, 9, 9]]
+    async with cluster(noise_file) as one:
+        one.lend("a")
+        async with one.coordinate(with_("a")) as kept:
+            held: list[int] = []
+            for history in asked:
+                before = kept.computed
+                logits = await kept.logits(history)
+                shared = next(
+                    (n for n, pair in enumerate(zip(held, history[:-1], strict=False)) if len(set(pair)) > 1),
+                    min(len(held), len(history) - 1),
+                )
+                assert kept.computed - before == len(history) - shared
+                async with one.coordinate(with_(layers="all")) as fresh:
+                    assert np.allclose(logits, await fresh.logits(history), atol=1e-4)
+                held = history
 
 
 async def test_every_lender_fetches_its_own_parts_only(noise_file: Path, greedy: list[int]) -> None:
