@@ -1,25 +1,24 @@
-"""What `omni doctor` says about inference: the engines, and which one `--engine auto` picks."""
+"""What `omni doctor` says about inference: the engines, and why `--engine auto` takes one and not another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninfer.engines import ENGINES, get_engine, pick_engine
+from omninfer.engines import weigh_engines
 from omnistore.doctor import Finding
 from omnistore.errors import BadConfig
 
 
 def check_engines() -> Iterable[Finding]:
-    """Each engine: whether it runs here."""
-    usable = 0
-    for name in ENGINES:
-        try:
-            engine = get_engine(name)
-        except BadConfig as error:
-            yield Finding(f"engine {name}", "unknown", error.message)
-            continue
-        usable += 1
-        picked = pick_engine().name == engine.name
-        yield Finding(f"engine {name}", "ok", "runs here" + ("; --engine auto takes it" if picked else ""))
-    if not usable:
-        yield Finding("engines", "warning", "no engine runs here", "This machine can store and seed only.")
+    """Each engine: whether it runs here, whether auto takes it, and why."""
+    try:
+        for verdict in weigh_engines():
+            if verdict.engine is None:
+                yield Finding(f"engine {verdict.name}", "unknown", verdict.reason)
+                continue
+            what = "takes it" if verdict.taken else "does not take it"
+            yield Finding(
+                f"engine {verdict.name}", "ok", f"runs here; --engine auto {what}: {verdict.reason}"
+            )
+    except BadConfig as error:
+        yield Finding("engines", "warning", error.message, "This machine can store and seed only.")

@@ -18,7 +18,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from omninfer.engines import Stage, StageSpec, pick_engine
+from omninfer.engines import Stage, StageSpec, choose_engine, pick_engine
 from omninfer.frames import LIMITS, Load, Progress
 from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
 from omninfer.pipeline import LocalStage, Pipeline, RunningStage
@@ -113,6 +113,8 @@ class Coordinator:
         self.computed = 0
         """Tokens that went through the layers: less than was asked for where a prompt repeats the last one's
         beginning, more after a loss."""
+        self.engine: dict[str, str] | None = None
+        """Name of the engine that runs this machine's layers, and the reason; None where it has none."""
         self.losses: list[str] = []
         """Peers that were lost, in order."""
         self._site = site
@@ -271,6 +273,7 @@ class Coordinator:
 
     async def _load_all(self, plan: Plan, lendings: dict[str, Lending]) -> list[RunningStage] | None:
         """Every stage of the plan, loaded at once; None when a lender turned out to be unfit."""
+        self.engine = None
         loaded: dict[str, RunningStage] = {}
         failures: list[OmniError] = []
         unfit: list[OmniError] = []
@@ -342,7 +345,8 @@ class Coordinator:
         # The part nodes may have come only now.
         about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
         source = StoreTensorSource(site.store, about.model, parts)
-        engine, context = pick_engine(self._options.engine, spec.model), self._options.context
+        engine, reason = choose_engine(self._options.engine, spec.model)
+        self.engine, context = {"name": engine.name, "reason": reason}, self._options.context
 
         def load() -> Stage:
             return engine.load(spec, source, context=context, progress=progressed("load"))

@@ -256,6 +256,7 @@ def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
         "tokens": generation.tokens,
         "prompt_tokens": list(generation.prompt),
         "computed_tokens": generation.computed,
+        "engine": coordinator.engine,
         "stages": [{"peer": stage.peer, "layers": stage.layers} for stage in stages],
         "tokens_per_second": round(generation.tokens_per_second, 3),
         "prompt_seconds": round(generation.prompt_seconds, 6),

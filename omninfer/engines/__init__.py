@@ -7,7 +7,8 @@ importing this package imports neither mlx nor any other engine. A further engin
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, cast
 
 from omninfer.arch import ModelSpec
@@ -28,15 +29,26 @@ __all__ = [
     "Stage",
     "StageSpec",
     "TensorSource",
+    "Verdict",
+    "choose_engine",
     "get_engine",
     "pick_engine",
     "tensors_needed",
+    "weigh_engines",
 ]
 
 ENGINES: Final[Mapping[str, str]] = {
     "mlx": "omninfer.engines.mlx_engine",
     "ort": "omninfer.engines.ort_engine",
     "numpy": "omninfer.engines.numpy_engine",
+}
+"""Those that `--engine auto` prefers come first."""
+LAST_RESORT: Final = "numpy"
+"""Taken when nothing else can be; what it lacks too, it refuses by name as it loads."""
+_FOR: Final = {
+    "mlx": "a GPU answers to it",
+    "ort": "it is the fastest engine on CPUs",
+    LAST_RESORT: "no other engine can be taken",
 }
 
 
@@ -54,21 +66,68 @@ def get_engine(name: str) -> Engine:
     return engine
 
 
-def pick_engine(name: str = "auto", model: ModelSpec | None = None) -> Engine:
-    """The engine to use: `name`, or for "auto" mlx where a GPU answers, ort elsewhere, and numpy where
-    neither can be loaded, or has not what `model` needs.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `--engine auto` makes of one engine."""
+
+    name: str
+    engine: Engine | None
+    """None where it can not run on this machine."""
+    taken: bool
+    reason: str
+    """Why it is taken, or is not."""
+
+
+def weigh_engines(model: ModelSpec | None = None) -> Iterator[Verdict]:
+    """What auto makes of each engine, best first: mlx where a GPU answers, ort elsewhere, and numpy where
+    neither can be loaded, or has what `model` needs. Exactly one is taken; engines are imported as asked for.
 
     Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS: 1 to 2 tokens a second of
-    a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0007-onnx-runtime-on-cpus).
+    a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0008-onnx-runtime-on-cpus).
+    Raises `BadConfig` if not even numpy can be loaded.
     """
-    if name != "auto":
-        return get_engine(name)
-    for candidate in ("mlx", "ort"):
+    passed: list[str] = []
+    taken = ""
+    for name in ENGINES:
         try:
-            engine = get_engine(candidate)
-        except BadConfig:
+            engine = get_engine(name)
+        except BadConfig as error:
+            if name == LAST_RESORT and not taken:
+                raise
+            passed.append(error.message)
+            yield Verdict(name, None, False, error.message)
             continue
-        known = model is None or not model.features & ~engine.features
-        if known and (candidate != "mlx" or engine.accelerated()):
-            return engine
-    return get_engine("numpy")
+        against = f"{taken} is faster here" if taken else _against(name, engine, model)
+        if against is None:
+            taken = name
+            yield Verdict(name, engine, True, "; ".join([_FOR[name], *passed]))
+        else:
+            passed.append(f"{name}: {against}")
+            yield Verdict(name, engine, False, against)
+
+
+def _against(name: str, engine: Engine, model: ModelSpec | None) -> str | None:
+    """What speaks against an engine that runs here."""
+    if name == LAST_RESORT:
+        return None
+    if name == "mlx" and not engine.accelerated():
+        return "no GPU answers to it, and its CPU build is slow"
+    missing = model.features & ~engine.features if model is not None else None
+    if missing:
+        return "it lacks " + ", ".join(str(one.name) for one in missing) + ", which the model needs"
+    return None
+
+
+def choose_engine(name: str = "auto", model: ModelSpec | None = None) -> tuple[Engine, str]:
+    """The engine to use, and why: `name`, or for "auto" what `weigh_engines` takes. Raises `BadConfig`."""
+    if name != "auto":
+        return get_engine(name), "it was asked for"
+    for verdict in weigh_engines(model):
+        if verdict.taken and verdict.engine is not None:
+            return verdict.engine, verdict.reason
+    raise AssertionError("one engine is always taken")
+
+
+def pick_engine(name: str = "auto", model: ModelSpec | None = None) -> Engine:
+    """The engine to use, without the reason: see `choose_engine`."""
+    return choose_engine(name, model)[0]

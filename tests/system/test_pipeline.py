@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from omninfer.cli.opening import Asked, open_model
+from omninfer.engines import ENGINES
 from omninfer.generation import generate
 from omnistore.cid import CID
 from omnistore.cli.output import Output
@@ -117,6 +118,7 @@ def test_alone_the_tokens_are_those_of_llama_cpp(
         assert answer["prompt_tokens"] == case["prompt_tokens"]
         assert answer["text"] == case["text"]
         assert [stage["layers"] for stage in answer["stages"]] == ["0-4"]
+        assert answer["engine"]["name"] in ENGINES and answer["engine"]["reason"]
 
 
 def test_stdout_is_the_completion_alone(published: Callable[[Path], str], omni: Run) -> None:
@@ -250,6 +252,7 @@ def test_with_layers_none_no_weights_come_here(
     answer = run_json(omni, cid, case["prompt"], "--layers", "none", "--with", lender.addr, home=elsewhere)
     assert answer["tokens"] == case["tokens"]
     assert answer["stages"] == [{"peer": lender.peer_id, "layers": "0-7"}]
+    assert answer["engine"] is None
     shown = json.loads(omni("show", cid, "--json", home=elsewhere).stdout)
     assert [part["part"] for part in shown["parts"] if part["held"]] == ["header.0"]
 

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from omninfer.arch import EMBEDDING, HEAD, HEAD_NORM, ROPE_FREQS
-from omninfer.engines import FileTensorSource, StageSpec, get_engine, pick_engine, tensors_needed
+from omninfer.checks import check_engines
+from omninfer.engines import (
+    FileTensorSource,
+    StageSpec,
+    choose_engine,
+    get_engine,
+    pick_engine,
+    tensors_needed,
+    weigh_engines,
+)
 from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.testing.noise import noise_model
 from omnistore.errors import BadConfig, InputError, SourceChanged, UnsupportedModel
@@ -127,6 +136,43 @@ def test_auto_takes_numpy_for_what_ort_lacks() -> None:
     assert pick_engine("auto", noise_model()[0]).name == "ort"
     with pytest.raises(UnsupportedModel, match=r"ort has no .*POST_NORMS"):
         get_engine("ort").load(StageSpec.whole(model), noise_model("gemma2")[1], context=8)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_auto_says_why(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.accelerated", lambda self: gpu)
+    mlx, ort, numpy = weigh_engines(noise_model()[0])
+    assert [one.name for one in (mlx, ort, numpy) if one.taken] == ["mlx" if gpu else "ort"]
+    assert mlx.reason.startswith("a GPU answers" if gpu else "no GPU answers")
+    assert ort.reason.startswith("mlx is faster" if gpu else "it is the fastest engine on CPUs; mlx: no GPU")
+    assert numpy.reason == ("mlx" if gpu else "ort") + " is faster here"
+    assert choose_engine("numpy")[1] == "it was asked for"
+
+
+def test_auto_names_what_an_engine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.accelerated", lambda self: False)
+    engine, reason = choose_engine("auto", noise_model("gemma2")[0])
+    assert engine.name == "numpy"
+    assert reason.startswith("no other engine can be taken; mlx: no GPU answers")
+    assert "ort: it lacks " in reason and "POST_NORMS" in reason
+
+
+def test_doctor_names_the_reason_for_each_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.unavailable", lambda self: "no such chip")
+    mlx, ort, numpy = check_engines()
+    assert (mlx.check, mlx.state) == ("engine mlx", "unknown") and "no such chip" in mlx.text
+    assert "--engine auto takes it" in ort.text and "no such chip" in ort.text
+    assert "does not take it: ort is faster here" in numpy.text
+
+
+def test_doctor_where_no_engine_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("no BLAS")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    found = list(check_engines())
+    assert [one.state for one in found] == ["unknown", "unknown", "warning"]
+    assert "seed only" in (found[-1].remedy or "")
 
 
 def without_mlx(name: str) -> Any:
