@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  ?= .peers
+# Peers that were installed elsewhere are taken as they are.
+PEERS_STAMP := $(if $(filter .peers,$(PEERS)),.peers/.installed,$(PEERS))
 
 .PHONY: demo test test-slow soak interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-wan bench-swarm bench-engine demo-model demo-manifest clean
 
@@ -68,24 +70,33 @@ bench-engine: $(STAMP)
 
 # The ort engine beside llama.cpp on the same files; PEERS is where llama-cpp-python is.
 .PHONY: bench-llama
-bench-llama: $(STAMP) $(PEERS)
+bench-llama: $(STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m tests.bench.bench_engine --peers $(PEERS)/bin/python
 
 # Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
 .PHONY: parity-tokens
-parity-tokens: $(STAMP) $(PEERS)
+parity-tokens: $(STAMP) $(PEERS_STAMP)
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.tokens
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.sampling
 
 # Every architecture × type × engine against llama.cpp's logits; minutes.
 .PHONY: parity
-parity: $(STAMP) $(PEERS)
+parity: $(STAMP) $(PEERS_STAMP)
 	PEERS=$(PEERS) $(BIN)/python -m tests.parity.logits
 
-# Builds llama.cpp: minutes.
-.peers:
+# What we are measured and compared against, in an environment of its own; builds llama.cpp: minutes.
+.PHONY: peers
+peers: .peers/.installed
+
+.peers/.installed: tests/bench/peers.txt
 	$(PYTHON) -m venv .peers
-	.peers/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	.peers/bin/pip install --quiet --disable-pip-version-check -r tests/bench/peers.txt
+	@touch $@
+
+# omni beside curl and aria2c from nginx, libtorrent and iroh; what is not installed is skipped by name (see `make peers`).
+.PHONY: bench-peers
+bench-peers: $(STAMP)
+	PEERS=$(PEERS) $(BIN)/python -m tests.bench.bench_peers
 
 # Train the demo model again (minutes); the result is committed.
 demo-model: $(STAMP)

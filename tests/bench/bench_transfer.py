@@ -63,23 +63,7 @@ class Bench:
 
     def measured(self, home: str, *args: object, cli: Sequence[str] = CLI) -> tuple[str, float]:
         """What it printed, and the most memory it took, in MB."""
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            child = subprocess.Popen(
-                [*cli, *map(str, args)],
-                env=self.environ(home),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                text=True,
-            )
-            # Not `wait`: this one tells what was used.
-            _, status, used = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            out.seek(0)
-            err.seek(0)
-            if child.returncode:
-                raise SystemExit(f"omni {args[0]} failed with {child.returncode}: {err.read()}")
-            return out.read(), used.ru_maxrss * 1024 / 1e6
+        return measured([*cli, *map(str, args)], self.environ(home))
 
     def environ(self, home: str) -> dict[str, str]:
         return {**os.environ, "OMNI_HOME": str(self.root / home)}
@@ -89,8 +73,24 @@ class Bench:
         return home
 
 
+def measured(command: Sequence[str], environ: dict[str, str] | None = None) -> tuple[str, float]:
+    """What a command printed, and the most memory that it, or one of its children, took, in MB."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True
+        )
+        # Not `wait`: this one tells what was used.
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if child.returncode:
+            raise SystemExit(f"{' '.join(command)} failed with {child.returncode}: {err.read()}")
+        return out.read(), used.ru_maxrss * 1024 / 1e6
+
+
 @contextmanager
-def process(command: list[str], environ: dict[str, str]) -> Iterator[str]:
+def process(command: Sequence[str], environ: dict[str, str] | None = None) -> Iterator[str]:
     """A seed for the length of the block: its first address."""
     child = subprocess.Popen(
         command,
@@ -103,7 +103,9 @@ def process(command: list[str], environ: dict[str, str]) -> Iterator[str]:
     try:
         assert child.stdout is not None
         # Whatever it says before it is ready is not for us.
-        ready = next(event for line in child.stdout if "addrs" in (event := json.loads(line)))
+        ready = next((event for line in child.stdout if "addrs" in (event := json.loads(line))), None)
+        if ready is None:
+            raise SystemExit(f"{' '.join(command)} ended before it was ready")
         yield str(ready["addrs"][0])
     finally:
         child.kill()

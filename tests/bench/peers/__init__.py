@@ -1,0 +1,1 @@
+"""What `bench_peers` runs beside omni; each module says with which settings."""
