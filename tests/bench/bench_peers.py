@@ -4,7 +4,7 @@
 
 One GGUF goes over loopback to disk and is verified; each contender gets the settings that suit it, and the
 best of its rounds counts. Limits are raw trio TCP and one-thread BLAKE3, measured before and after (the
-better counts). MB/s of 1e6 bytes: a fetch counts from the connection to the last byte verified (curl's and
+better counts). MB/s of 1e6 bytes: a fetch counts from the first byte to the last one verified (curl's and
 aria2c's from their start: milliseconds), an add from the start of the program, in a home that is there,
 to its end; `wall` always includes starting the programs. Every file is compared byte for byte. What is not
 installed is skipped by name: libtorrent and iroh come with `make peers`, the rest with the system's packages.
