@@ -8,6 +8,8 @@ URLs: `ranges` does. Implements spec/05-transfer, section "Web servers as source
 from __future__ import annotations
 
 import logging
+import os
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,7 +22,7 @@ import trio
 from omnistore.block import MAX_BLOCK_SIZE
 from omnistore.chunker.layout import Placement
 from omnistore.cid import CID
-from omnistore.errors import LocalProtocolError, PeerUnreachable, RemoteProtocolError
+from omnistore.errors import BadConfig, LocalProtocolError, PeerUnreachable, RemoteProtocolError
 from omnistore.manifest import Manifest, Part
 from omnistore.net.interface import Network, Provider, Stream, StreamServer
 from omnistore.transfer.bridge import Delivery, Origin, OriginStream
@@ -58,6 +60,38 @@ _BROKEN: Final = frozenset({408, 425, 500, 502, 504})
 """Statuses that say nothing about the file: worth another try."""
 
 
+# --- trust ----------------------------------------------------------------------------------
+
+
+def _trust() -> ssl.SSLContext:
+    """Whose certificates count: of `SSL_CERT_FILE` or `SSL_CERT_DIR`, else the well-known authorities'.
+
+    Raises `BadConfig` when the file named there is not one of certificates.
+    """
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # `ssl.SSLError` is one.
+        named = os.environ.get("SSL_CERT_FILE", "")[:200]
+        raise BadConfig(
+            f"SSL_CERT_FILE is {named!r}, of which no certificates can be read: {error.strerror or error}",
+            remedy="Name a file of certificates in PEM form, or unset it.",
+        ) from None
+
+
+def _check_trust(error: Exception) -> None:
+    """Raise `RemoteProtocolError` for what TLS has against a server; httpx's own text may be empty."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise RemoteProtocolError(
+                f"its certificate is not trusted: {cause.verify_message}. "
+                "If you trust who issued it, name a file with that authority's certificate in SSL_CERT_FILE"
+            ) from None
+        if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
+            raise RemoteProtocolError("does not speak TLS there: is it an http:// address?") from None
+        cause = cause.__cause__ or cause.__context__
+
+
 # --- the two kinds --------------------------------------------------------------------------
 
 
@@ -88,6 +122,7 @@ class _Web:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise RemoteProtocolError(f"its address leads nowhere: {error}") from None
         except (httpx.HTTPError, httpx.StreamError) as error:
+            _check_trust(error)
             raise PeerUnreachable(f"{self.peer}: {str(error) or type(error).__name__}") from None
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
@@ -314,12 +349,12 @@ class WebSources:
         return [Provider(peer) for peer in self._mirrors]
 
     async def run(self) -> None:
-        """Keep the connections, until cancelled."""
+        """Keep the connections, until cancelled. Raises `BadConfig` when `SSL_CERT_FILE` is of no use."""
         patience = httpx.Timeout(READ_PATIENCE, connect=CONNECT_PATIENCE, pool=None)
         # Encodings other than none would save nothing on weights, and could hide any number of bytes.
         headers = {"User-Agent": "omni", "Accept": "*/*", "Accept-Encoding": "identity"}
         async with (
-            httpx.AsyncClient(timeout=patience, headers=headers) as self._client,
+            httpx.AsyncClient(timeout=patience, headers=headers, verify=_trust()) as self._client,
             trio.open_nursery() as self._nursery,
         ):
             self._ready.set()
