@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,10 +105,14 @@ def pin(bench: Bench, cid: str, addrs: list[str], link: Link) -> dict[str, Any]:
         text=True,
     )
     assert child.stdout is not None
-    with child.stdout:
+    try:
         # The first progress is told when the first such block is asked for, the last when all are there.
         told = [(time.perf_counter(), json.loads(line)) for line in child.stdout]
-    if child.wait(PATIENCE):
+        child.wait(PATIENCE)
+    finally:
+        child.kill()
+        child.communicate()
+    if child.returncode:
         raise SystemExit(f"omni pin failed with {child.returncode}")
     (ended, done), (first, _), (last, _) = told[-1], told[0], told[-2]
     done["rate"] = done["bytes_fetched"] / done["seconds"] / 1e6
@@ -209,6 +214,8 @@ def main() -> int:
     except (RuntimeError, OSError) as error:
         print(f"skipped: no link can be made here (root, iproute2 and TUN needed): {error}")
         return 0
+    # Ended from outside, it takes its namespaces and processes along all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.perf_counter()
     found = measure(options.size, options.rounds, options.congestion)
     faults = check(found)
