@@ -7,7 +7,7 @@ checked here, so that an engine's own code may assume that shapes, types and pos
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
@@ -47,6 +47,14 @@ class PackedTensor:
     is_vector: bool
     """A norm's weight or a bias; everything else is a matrix."""
     nbytes: int
+    start: int = 0
+    """Byte of the tensor at which the rows begin: not 0 for a part of one."""
+
+    def part(self, rows: slice) -> PackedTensor:
+        """Some rows of a matrix, as a tensor."""
+        stride = self.nbytes // self.rows
+        count = rows.stop - rows.start
+        return replace(self, rows=count, nbytes=count * stride, start=self.start + rows.start * stride)
 
     def slabs(self, source: TensorSource) -> Iterator[tuple[slice, Bytes]]:
         """The packed rows [rows, bytes of a row], read a slab of `SLAB_BYTES` at a time."""
@@ -54,7 +62,10 @@ class PackedTensor:
         step = max(1, SLAB_BYTES // stride)
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            data = np.frombuffer(source.read(self.name, start * stride, stop * stride), dtype=np.uint8)
+            data = np.frombuffer(
+                source.read(self.name, self.start + start * stride, self.start + stop * stride),
+                dtype=np.uint8,
+            )
             if data.size != (stop - start) * stride:
                 raise MalformedGGUF(f"tensor {self.name} ends after {start * stride + data.size} bytes")
             yield slice(start, stop), data.reshape(stop - start, stride)

@@ -100,7 +100,8 @@ class OrtStage(SlottedStage[SlotCache]):
     """A stage of the ort engine."""
 
     segments: list[Segment]
-    head: Any
+    heads: list[Any]
+    """Sessions of neighbouring rows of the head, in order."""
     embedding: tuple[str, Bytes] | None
     nbytes: int
 
@@ -123,7 +124,8 @@ class OrtStage(SlottedStage[SlotCache]):
     def close(self) -> None:
         self._close_slots()
         self.segments.clear()
-        self.head = self.embedding = None
+        self.heads.clear()
+        self.embedding = None
 
     def _enter(self, x: Tokens | Hidden) -> F32:
         if self.embedding is None:
@@ -151,7 +153,7 @@ class OrtStage(SlottedStage[SlotCache]):
     def _head(self, h: F32) -> F32:
         if not len(h):
             return np.zeros((0, self.spec.model.vocab), np.float32)
-        logits: F32 = self.head.run(["y"], {"x": h[None]})[0][0]
+        logits: F32 = np.concatenate([head.run(["y"], {"x": h[None]})[0][0] for head in self.heads], axis=1)
         cap = np.float32(self.spec.model.logit_cap)
         return cap * np.tanh(logits / cap) if cap else logits
 
@@ -233,9 +235,19 @@ class _Loading:
         self._loaded([name for name, tensor in self._tensors.items() if tensor.is_vector])
         embedding = self._embedding() if spec.embed else None
         with ThreadPoolExecutor(LOADERS, thread_name_prefix="ort-load") as pool:
-            head = pool.submit(self._head) if spec.head else None
+            heads = list(pool.map(self._head, self._head_cuts()))
             segments = list(pool.map(self._segment, self._cuts()))
-        return OrtStage(self._limits, segments, head.result() if head else None, embedding, self._total)
+        if spec.head and not (spec.embed and spec.model.tied_head):
+            self._loaded([spec.model.head_tensor])
+        return OrtStage(self._limits, segments, heads, embedding, self._total)
+
+    def _head_cuts(self) -> list[slice]:
+        """Rows of the head in runs of about `SEGMENT_BYTES`; none without a head."""
+        if not self._limits.spec.head:
+            return []
+        tensor = self._tensors[self._limits.spec.model.head_tensor]
+        step = max(1, SEGMENT_BYTES * tensor.rows // tensor.nbytes)
+        return [slice(at, min(at + step, tensor.rows)) for at in range(0, tensor.rows, step)]
 
     def _cuts(self) -> list[tuple[int, int]]:
         """Runs of layers of about `SEGMENT_BYTES`, none empty."""
@@ -267,13 +279,9 @@ class _Loading:
         self._loaded([name for name in self._of_layers(*cut) if not self._tensors[name].is_vector])
         return Segment(*cut, session)
 
-    def _head(self) -> Any:
+    def _head(self, rows: slice) -> Any:
         graph = self._graph()
-        session = self._session(graph, graph.head(), rope=False)
-        spec = self._limits.spec
-        if not (spec.embed and spec.model.tied_head):
-            self._loaded([spec.model.head_tensor])
-        return session
+        return self._session(graph, graph.head(rows), rope=False)
 
     def _graph(self) -> Graph:
         return Graph(

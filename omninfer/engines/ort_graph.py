@@ -87,13 +87,14 @@ class Graph:
         self._output("y", [1, "tokens", self.model.width])
         return self._serialised()
 
-    def head(self) -> bytes:
-        """x [1, rows, width] → y [1, rows, vocabulary]."""
+    def head(self, rows: slice) -> bytes:
+        """x [1, rows, width] → y [1, rows, those of the vocabulary]."""
         self._input("x", TensorProto.FLOAT, [1, "rows", self.model.width])
         normed = self._norm("head.norm", "x", HEAD_NORM)
-        logits = self._product("head", normed, [self.model.head_tensor])
+        matrix = load_operands([self.tensors[self.model.head_tensor].part(rows)], self.source)
+        logits = self._multiply("head", normed, matrix)
         self._op("Identity", [logits], "y")
-        self._output("y", [1, "rows", self.model.vocab])
+        self._output("y", [1, "rows", rows.stop - rows.start])
         return self._serialised()
 
     def _layer(self, n: int, h: str) -> str:

@@ -210,3 +210,17 @@ def test_importing_engines_imports_no_engine() -> None:
 )
 def test_blas_is_told_to_use_one_thread() -> None:
     assert limit_blas_to_one_thread()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
+def test_a_head_cut_by_rows_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model, source = noise_model(kind=kind)
+    spec = StageSpec(model, model.layers, model.layers, embed=False, head=True)
+    x = np.random.default_rng(5).standard_normal((3, model.width), dtype=np.float32)
+    whole: Any = get_engine("ort").load(spec, source, context=8)
+    monkeypatch.setattr("omninfer.engines.ort_engine.SEGMENT_BYTES", whole.nbytes // 3)
+    cut: Any = get_engine("ort").load(spec, source, context=8)
+    assert len(whole.heads) == 1 and len(cut.heads) > 2
+    expected = whole.forward(x, slot=0, position=0, logits="all")
+    assert expected.shape == (3, model.vocab)
+    np.testing.assert_allclose(cut.forward(x, slot=0, position=0, logits="all"), expected, atol=1e-5)
