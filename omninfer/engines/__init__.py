@@ -83,7 +83,7 @@ def weigh_engines(model: ModelSpec | None = None) -> Iterator[Verdict]:
     neither can be loaded, or has what `model` needs. Exactly one is taken; engines are imported as asked for.
 
     Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS: 1 to 2 tokens a second of
-    a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0008-onnx-runtime-on-cpus).
+    a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0007-onnx-runtime-on-cpus).
     Raises `BadConfig` if not even numpy can be loaded.
     """
     passed: list[str] = []
