@@ -9,6 +9,7 @@ wanted, and where peers come from, is `client`'s to say.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -136,7 +137,11 @@ class Swarm:
         self._slots = trio.Semaphore(limits.links)
         self._threads = trio.CapacityLimiter(2)
         channel = trio.open_memory_channel[_Unverified]
-        self._received, self._to_verify = channel(limits.unverified)
+        # Without a bound of its own: a link that is dropped while it waits must leave its block here, or that
+        # block would be verified by nobody and asked of nobody.
+        self._received, self._to_verify = channel(math.inf)
+        self._taken = trio.lowlevel.ParkingLot()
+        """Links that wait until less is unverified."""
         self._joined: set[str] = set()
         self._delivered: dict[str, int] = {}
         """Blocks received from each peer."""
@@ -340,7 +345,9 @@ class Swarm:
                 self._delivered[peer] = self._delivered.get(peer, 0) + 1
                 if self._dispatch(e.BlockReceived(peer, wanted.cid, len(data))):
                     link.held_up = True
-                    await self._received.send((peer, wanted, data))
+                    self._received.send_nowait((peer, wanted, data))
+                    while self._received.statistics().current_buffer_used > self._limits.unverified:
+                        await self._taken.park()
                     link.held_up = False
                 else:
                     self._buffers.take_back(data)
@@ -357,6 +364,7 @@ class Swarm:
         """Verify and keep what arrived, as many blocks at a time as have come together."""
         while True:
             batch = await self._gather()
+            self._taken.unpark_all()
             if self._sink is None:
                 raise LocalProtocolError("a block arrived that nothing was to be done with")
             try:
