@@ -63,6 +63,8 @@ class BytesReceived:
     """A peer showed life in mid-block, or it is our own side that holds it up."""
 
     peer: str
+    held_up: bool = False
+    """Nothing is received from it for now: our own disk is behind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ class Session:
         source = self._sources.get(event.peer)
         if source is not None:
             source.flow.progressed(now)
+            source.answered_at = now if event.held_up else source.answered_at
 
     def _on_block(self, event: e.BlockReceived, now: float) -> None:
         source = self._sources.get(event.peer)

@@ -91,9 +91,9 @@ class Link:
     outgoing: bytearray = field(default_factory=bytearray)
     due: trio.Event = field(default_factory=trio.Event)
     alive: bool = False
-    """Some bytes arrived since the last tick, or the wait is ours."""
+    """Some bytes arrived since the last tick."""
     held_up: bool = False
-    """What arrived waits for the verifying thread."""
+    """Nothing is received from it until less is unverified."""
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the writer task."""
@@ -246,7 +246,7 @@ class Swarm:
             for peer, link in list(self._links.items()):
                 if link.alive or link.held_up:
                     link.alive = False
-                    self._dispatch(e.BytesReceived(peer))
+                    self._dispatch(e.BytesReceived(peer, link.held_up))
             self._dispatch(e.Tick())
             if self.finite and all(self._hopeless(peer) for peer in self._candidates):
                 self._dispatch(e.SourcesExhausted())
@@ -259,7 +259,8 @@ class Swarm:
     async def _keep(self, provider: Provider) -> None:
         """Stay joined to one candidate for as long as it behaves."""
         pause = self._limits.redial_least
-        while provider.peer not in self.session.banned and provider.peer in self._candidates:
+        # Forgotten for others and found again, it is another task's.
+        while provider.peer not in self.session.banned and self._candidates.get(provider.peer) is provider:
             async with self._slots:
                 delivered = self._delivered.get(provider.peer, 0)
                 try:
@@ -327,6 +328,9 @@ class Swarm:
 
     async def _receive(self, peer: str, link: Link) -> None:
         """Take in what comes next."""
+        if link.asks.greeted:
+            # Also here: one that is dropped while it waits, and comes again, would bring a block each time.
+            await self._room(link)
         data = await link.stream.receive_some(self._limits.receive)
         if not data:
             raise PeerUnreachable(f"{peer} ended the stream")
@@ -334,21 +338,26 @@ class Swarm:
         for answer in link.asks.receive_untrusted(data):
             await self._answered(peer, link, answer)
 
+    async def _room(self, link: Link) -> None:
+        """Return when little enough is unverified."""
+        while self._received.statistics().current_buffer_used > self._limits.unverified:
+            link.held_up = True
+            await self._taken.park()
+        link.held_up = False
+
     async def _answered(self, peer: str, link: Link, answer: Answer) -> None:
         match answer:
             case Hello(asks, queries):
                 self._links[peer] = link
                 self._joined.add(peer)
+                self._failures.pop(peer, None)
                 self.tally.unreachable.pop(peer, None)
                 self._dispatch(e.PeerJoined(peer, asks, queries))
             case Arrived(wanted, data):
                 self._delivered[peer] = self._delivered.get(peer, 0) + 1
                 if self._dispatch(e.BlockReceived(peer, wanted.cid, len(data))):
-                    link.held_up = True
                     self._received.send_nowait((peer, wanted, data))
-                    while self._received.statistics().current_buffer_used > self._limits.unverified:
-                        await self._taken.park()
-                    link.held_up = False
+                    await self._room(link)
                 else:
                     self._buffers.take_back(data)
             case Refused(cids):

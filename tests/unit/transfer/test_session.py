@@ -232,6 +232,18 @@ def test_a_trickle_is_dropped_when_others_hold_what_it_owes() -> None:
     assert wants(commands) == [("b", [0, 1])]
 
 
+def test_no_clock_runs_while_our_own_disk_holds_a_peer_up() -> None:
+    machine = session()
+    machine.step(e.WantsAdded(PART, BLOCKS[:2], 3), 0)
+    joined(machine, "a", "b", bitmap=b"\x03")
+    for now in range(1, 60):
+        machine.step(e.BytesReceived("a", held_up=True), now)
+        assert not any(
+            isinstance(command, e.DropPeer | e.SendCancel) for command in machine.step(e.Tick(), now)
+        )
+    assert machine.peers == ("a", "b")
+
+
 def test_a_peer_that_stalled_is_asked_last() -> None:
     machine = session()
     machine.step(e.WantsAdded(OTHER, (block(100),), 1), 0)
