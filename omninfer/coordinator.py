@@ -18,12 +18,15 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from omninfer.arch import ModelSpec, kv_bytes
 from omninfer.engines import Stage, StageSpec, choose_engine, pick_engine
 from omninfer.frames import LIMITS, Load, Progress
 from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
-from omninfer.pipeline import LocalStage, Pipeline, RunningStage
+from omninfer.pipeline import Pipeline
 from omninfer.plan import Machine, ModelCosts, Plan, PlannedStage, make_plan
+from omninfer.prefixes import SlotTable, room_for
 from omninfer.profile import footprint, free_memory, measure
+from omninfer.running import LocalStage, RunningStage
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, stage_parts
 from omninfer.threads import ComputeThread
 from omninfer.weights import NetworkWeights
@@ -37,6 +40,9 @@ from omnistore.net.interface import ContentRouting, Network, Provider
 from omnistore.store.interface import Store
 from omnistore.transfer.client import provider_at
 
+SLOTS: Final = 8
+"""Prompts whose beginnings are kept at a time, memory allowing: a few conversations over one system prompt.
+"""
 _RANGE: Final = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _log = logging.getLogger(__name__)
 
@@ -53,6 +59,8 @@ class RunOptions:
     """Peers that hold the model."""
     engine: str = "auto"
     context: int = 2048
+    kv_memory: int | None = None
+    """Bytes that keys and values may take, over all machines together; None for those of one full context."""
     silence: float = 10.0
     """Seconds after which a lender that says nothing is lost; one at work says so every second."""
 
@@ -110,9 +118,8 @@ class Coordinator:
         self.about = about
         self.plan: Plan | None = None
         """What runs now, or ran last."""
-        self.computed = 0
-        """Tokens that went through the layers: less than was asked for where a prompt repeats the last one's
-        beginning, more after a loss."""
+        self.cached = 0
+        """Tokens of the last history that a slot held."""
         self.engine: dict[str, str] | None = None
         """Name of the engine that runs this machine's layers, and the reason; None where it has none."""
         self.losses: list[str] = []
@@ -121,8 +128,14 @@ class Coordinator:
         self._options = options
         self._told = told or Told()
         self._wishes = _wishes(options.layers, about.spec.layers)
-        self._costs = ModelCosts.of(about.model.manifest, about.spec, context=options.context)
+        self._budget = _kv_budget(about.spec, options)
+        self._costs = ModelCosts.of(
+            about.model.manifest, about.spec, tokens=self._budget // _token_bytes(about.spec)
+        )
         self._pipeline: Pipeline | None = None
+        self._building = trio.Lock()
+        self._computed = 0
+        """By pipelines that are no more."""
         self._excluded: set[str] = set()
         self._speed: float | None = None
         if options.lenders and not self._wishes.remote:
@@ -141,6 +154,12 @@ class Coordinator:
         return "layers " + ", ".join(f"{stage.layers} on {self.called(stage.peer)}" for stage in stages)
 
     @property
+    def computed(self) -> int:
+        """Tokens that went through the layers: fewer than was asked for where a prompt begins as an earlier
+        one did, more after a loss."""
+        return self._computed + (self._pipeline.computed if self._pipeline is not None else 0)
+
+    @property
     def context(self) -> int:
         return self._options.context
 
@@ -148,39 +167,40 @@ class Coordinator:
         """The logits after `history`. Raises `PlanInfeasible` when nobody is left to run it."""
         while True:
             pipeline = await self.ready()
-            before = pipeline.computed
             try:
-                return await pipeline.logits(history)
+                logits, self.cached = await pipeline.logits(history)
+                return logits
             except StageLost as error:
                 await self._recover(pipeline, error)
-            finally:
-                self.computed += pipeline.computed - before
 
     async def ready(self) -> Pipeline:
         """The running pipeline, built if there is none."""
-        if self._pipeline is None:
-            try:
-                self._pipeline = await self._build()
-            except PlanInfeasible as error:
-                if not self.losses:
-                    raise
-                raise StageLost(
-                    f"lost {', '.join(self.losses)}, and without: {error.message}", remedy=error.remedy
-                ) from error
-        return self._pipeline
+        async with self._building:
+            if self._pipeline is None:
+                try:
+                    self._pipeline = await self._build()
+                except PlanInfeasible as error:
+                    if not self.losses:
+                        raise
+                    raise StageLost(
+                        f"lost {', '.join(self.losses)}, and without: {error.message}", remedy=error.remedy
+                    ) from error
+            return self._pipeline
 
     async def aclose(self) -> None:
         """Let go of every stage; never raises."""
         if self._pipeline is not None:
-            await self._pipeline.aclose()
-            self._pipeline = None
+            pipeline, self._computed, self._pipeline = self._pipeline, self.computed, None
+            await pipeline.aclose()
 
     async def _recover(self, pipeline: Pipeline, error: StageLost) -> None:
+        if self._pipeline is not pipeline:
+            return  # another prompt found out first
         self._told.note(f"{error.message}; planning again")
         # Once may be a nap or a broken cable: whoever answers again is asked again. Twice is a habit.
         self._excluded |= pipeline.lost & set(self.losses)
         self.losses += sorted(pipeline.lost)
-        self._pipeline = None
+        self._computed, self._pipeline = self.computed, None
         await pipeline.aclose()
 
     # --- building ---------------------------------------------------------------------------
@@ -201,7 +221,16 @@ class Coordinator:
                         await lending.link.aclose()
             if stages is not None:
                 self._told.note(self.whereabouts())
-                return Pipeline(stages, width=self.about.spec.width, context=self._options.context)
+                return Pipeline(stages, self._table(stages), width=self.about.spec.width)
+
+    def _table(self, stages: Sequence[RunningStage]) -> SlotTable:
+        spec = self.about.spec
+        return SlotTable(
+            min(stage.slots for stage in stages),
+            context=self._options.context,
+            token_bytes=_token_bytes(spec),
+            budget=self._budget,
+        )
 
     async def _lendings(self) -> list[Lending]:
         """Everybody who would lend. Raises what a named lender's refusal or absence is, the first time."""
@@ -349,11 +378,22 @@ class Coordinator:
         self.engine, context = {"name": engine.name, "reason": reason}, self._options.context
 
         def load() -> Stage:
-            return engine.load(spec, source, context=context, progress=progressed("load"))
+            return engine.load(spec, source, context=context, slots=SLOTS, progress=progressed("load"))
 
         thread = ComputeThread(f"stage-{planned.first}-{planned.last}")
         try:
-            return LocalStage(planned, await thread.run(load), thread)
+            return LocalStage(planned, await thread.run(load), thread, SLOTS)
         except BaseException:
             thread.close()
             raise
+
+
+def _token_bytes(model: ModelSpec) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return kv_bytes(model, "full") * model.layers
+
+
+def _kv_budget(model: ModelSpec, options: RunOptions) -> int:
+    """Bytes of keys and values that are planned: no more than all slots could hold."""
+    one = _token_bytes(model) * room_for(options.context, options.context)
+    return one if options.kv_memory is None else min(options.kv_memory, SLOTS * one)

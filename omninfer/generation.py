@@ -31,6 +31,11 @@ class LogitsSource(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def cached(self) -> int:
+        """Tokens of the last history that had not to be computed: a slot held them."""
+        ...
+
     async def logits(self, history: Sequence[int]) -> NDArray[np.float32]: ...
 
 
@@ -92,6 +97,8 @@ class Generation:
     finish: Finish
     computed: int = 0
     """Tokens of prompt and text that had to be computed; the others were still in the caches."""
+    cached: int = 0
+    """Tokens of the prompt that were in the caches."""
     prompt_seconds: float = 0.0
     """To the first token."""
     seconds: float = 0.0
@@ -146,6 +153,7 @@ async def generate(
         now = trio.current_time()
         if not result.tokens:
             result.prompt_seconds, started = now - started, now
+            result.cached = source.cached
         result.seconds = now - started
         if token in tokenizer.eog:
             result.finish = "eos"

@@ -16,8 +16,8 @@ import trio
 from omninfer import frames
 from omninfer.engines import StageSpec
 from omninfer.link import FrameLink
-from omninfer.pipeline import RemoteStage
 from omninfer.plan import Machine, PlannedStage
+from omninfer.running import RemoteStage
 from omnistore.errors import NetworkError, PeerUnreachable, PlanInfeasible, RemoteProtocolError
 from omnistore.net.interface import ContentRouting, Network, Provider
 

@@ -30,7 +30,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from omninfer.arch import ModelSpec
+from omninfer.arch import KVKind, ModelSpec, kv_bytes
 from omnistore.errors import BadConfig, PlanInfeasible
 from omnistore.manifest import Manifest, PartKey
 
@@ -59,7 +59,7 @@ class ModelCosts:
     shared: int
     """Weights that every stage holds."""
     kv: int
-    """Keys and values of one layer, for the whole context and all slots."""
+    """Keys and values of one layer: of as many tokens as all slots may hold together."""
     hidden: int
     """One token's hidden state on the wire."""
     logits: int
@@ -68,8 +68,9 @@ class ModelCosts:
     """The share of a layer's weights that one token reads: less than all where a router picks experts."""
 
     @classmethod
-    def of(cls, manifest: Manifest, model: ModelSpec, *, context: int, slots: int = 1) -> ModelCosts:
-        """Read them from a manifest's part sizes and a model's shape (caches and activations in float32)."""
+    def of(cls, manifest: Manifest, model: ModelSpec, *, tokens: int, kv: KVKind = "full") -> ModelCosts:
+        """Read them from a manifest's part sizes and a model's shape; slots hold `tokens` together, kept as
+        `kv`."""
 
         def size(key: PartKey) -> int:
             ref = manifest.part(key)
@@ -81,7 +82,7 @@ class ModelCosts:
             head=size(PartKey("head")),
             tied=model.tied_head,
             shared=size(PartKey("shared")),
-            kv=2 * 4 * model.kv_width * context * slots,
+            kv=kv_bytes(model, kv) * tokens,
             hidden=4 * model.width,
             logits=4 * model.vocab,
             active=model.active_share(),

@@ -298,7 +298,7 @@ class _CoordinatorStream:
 
 def needed(about: Description, spec: StageSpec, context: int, engine: str) -> Need:
     """Memory of a stage, as the coordinator's planner reckons it."""
-    costs = ModelCosts.of(about.model.manifest, about.spec, context=context)
+    costs = ModelCosts.of(about.model.manifest, about.spec, tokens=context)
     weights = costs.weights(spec.first, spec.last) * footprint(engine)
     return Need(int(weights), costs.kv * (spec.last - spec.first))
 

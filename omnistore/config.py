@@ -96,6 +96,12 @@ class Config:
         " None: they stay until `omni gc`.",
         low=0, high=10**15,
     )  # fmt: skip
+    kv_memory: int | None = setting(
+        None, "bytes",
+        "Most memory for keys and values of a model that is run from here, over all machines: prompts, and"
+        " earlier ones whose beginnings may come again. None: one full context, whatever its length.",
+        low=1 << 16, high=10**15,
+    )  # fmt: skip
     window: int = setting(
         64 << 20, "bytes",
         "Most bytes a fetch has asked for and not received: a gigabit a second times half a second.",

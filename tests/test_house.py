@@ -77,6 +77,7 @@ RANKS: dict[str, int] = {
     "omninfer.frames": 10,
     "omninfer.framing": 10,
     "omninfer.plan": 10,
+    "omninfer.prefixes": 10,
     "omninfer.sampling": 10,
     "omninfer.tokenizer": 10,
     "omninfer.engines": 11,
@@ -93,6 +94,7 @@ RANKS: dict[str, int] = {
     "omninfer.grammar": 12,
     "omninfer.lenders": 12,
     "omninfer.pipeline": 12,
+    "omninfer.running": 12,
     "omninfer.cli": 13,
     "omninfer.http": 13,
 }

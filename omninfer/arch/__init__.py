@@ -9,6 +9,7 @@ model computes, so it is refused by name instead of being ignored.
 Deliberately not here: tokenizers, reading files, and anything that computes.
 """
 
+from omninfer.arch.caches import KV_KINDS, KVKind, kv_bytes, kv_group
 from omninfer.arch.experts import Experts, Routing
 from omninfer.arch.families import FAMILIES, Family
 from omninfer.arch.features import (
@@ -30,6 +31,7 @@ __all__ = [
     "FAMILIES",
     "HEAD",
     "HEAD_NORM",
+    "KV_KINDS",
     "MAX_CONTEXT",
     "MAX_LAYERS",
     "MAX_VOCAB",
@@ -39,10 +41,13 @@ __all__ = [
     "Experts",
     "Family",
     "Feature",
+    "KVKind",
     "ModelSpec",
     "Rope",
     "RopeKind",
     "Routing",
     "Yarn",
+    "kv_bytes",
+    "kv_group",
     "layer_suffixes",
 ]

@@ -108,6 +108,8 @@ class OpenModel:
     tokenizer: Tokenizer
     site: Site
     schema: JsonSchema | None = None
+    kv_memory: int | None = None
+    """Bytes for keys and values, as in the configuration."""
     _told: dict[tuple[str, str], float] = field(default_factory=dict)
     """When each machine's phase was last spoken of, or began."""
     _spoken: set[tuple[str, str]] = field(default_factory=set)
@@ -127,6 +129,7 @@ class OpenModel:
             providers=tuple(provider_at(addr) for addr in (*self.asked.peers, *self.asked.lenders)),
             engine=self.asked.engine,
             context=context,
+            kv_memory=self.kv_memory,
             silence=self.asked.silence,
         )
         coordinator = Coordinator(self.site, self.about, options, Told(self._note, self._progress))
@@ -197,7 +200,7 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         with home_store() as store:
             alone = _Alone(load_key(store_config.home).public.peer_id)
             site = Site(alone, None, store, NetworkWeights(alone, None, store))
-            yield await _opened(asked, output, cid, site)
+            yield await _opened(asked, output, cid, site, store_config.kv_memory)
         return
     if not others and not store_config.bootstrap:
         raise InputError(
@@ -211,10 +214,11 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         routing = node.routing if store_config.bootstrap else None
         weights = NetworkWeights(node.network, routing, node.store, node.download)
         await weights.fetch(cid, header_parts, providers)
-        yield await _opened(asked, output, cid, Site(node.network, routing, node.store, weights))
+        site = Site(node.network, routing, node.store, weights)
+        yield await _opened(asked, output, cid, site, store_config.kv_memory)
 
 
-async def _opened(asked: Asked, output: Output, cid: CID, site: Site) -> OpenModel:
+async def _opened(asked: Asked, output: Output, cid: CID, site: Site, kv_memory: int | None) -> OpenModel:
     about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_metadata_untrusted, about.metadata)
     schema = None
@@ -222,7 +226,7 @@ async def _opened(asked: Asked, output: Output, cid: CID, site: Site) -> OpenMod
         schema = await trio.to_thread.run_sync(
             JsonSchema.parse_untrusted, asked.schema, tokenizer, about.spec.vocab
         )
-    return OpenModel(asked, output, about, tokenizer, site, schema)
+    return OpenModel(asked, output, about, tokenizer, site, schema, kv_memory)
 
 
 def _look(text: str) -> tuple[CID, bool]:
@@ -256,6 +260,7 @@ def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
         "tokens": generation.tokens,
         "prompt_tokens": list(generation.prompt),
         "computed_tokens": generation.computed,
+        "cached_tokens": generation.cached,
         "engine": coordinator.engine,
         "stages": [{"peer": stage.peer, "layers": stage.layers} for stage in stages],
         "tokens_per_second": round(generation.tokens_per_second, 3),
@@ -269,7 +274,8 @@ def report(coordinator: Coordinator, generation: Generation) -> dict[str, Any]:
 def summary(coordinator: Coordinator, generation: Generation) -> str:
     """The same in a line for a person."""
     where = coordinator.whereabouts() if coordinator.plan else "not begun"
+    cached = f", {generation.cached} of them cached" if generation.cached else ""
     return (
-        f"{len(generation.prompt)} prompt tokens in {generation.prompt_seconds:.2f} s;"
+        f"{len(generation.prompt)} prompt tokens{cached} in {generation.prompt_seconds:.2f} s;"
         f" {len(generation.tokens)} tokens at {generation.tokens_per_second:.1f} tokens/s ({where})"
     )

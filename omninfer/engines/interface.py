@@ -118,8 +118,11 @@ class Stage(Protocol):
     def trim(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
 
-    def fork(self, src: int, dst: int) -> None:
-        """Make slot `dst` continue from where `src` is; whatever `dst` held is dropped."""
+    def fork(self, src: int, dst: int, length: int | None = None) -> None:
+        """Make slot `dst` continue from the first `length` tokens of `src`, or all of them.
+
+        Whatever `dst` held is dropped. Raises `InputError` if `src` holds fewer.
+        """
 
     def drop(self, slot: int) -> None:
         """Empty a slot and free its memory."""

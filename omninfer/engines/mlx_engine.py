@@ -85,8 +85,11 @@ class SlotCache:
         stop = start + keys.shape[2]
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
 
-    def copy(self) -> SlotCache:
-        return SlotCache(list(self.keys), list(self.values), self.length)
+    def copy(self, length: int) -> SlotCache:
+        # Views; the next `reserve` copies what is seen of them.
+        keys, values = ([a[:, :, :length] for a in arrays] for arrays in (self.keys, self.values))
+        mx.eval(keys, values)
+        return SlotCache(keys, values, length)
 
 
 @dataclass(slots=True)

@@ -75,8 +75,9 @@ class SlotCache:
                     arrays[i] = np.zeros((old.shape[0], capacity, old.shape[2]), np.float32)
                     arrays[i][:, : old.shape[1]] = old
 
-    def copy(self) -> SlotCache:
-        return SlotCache([k.copy() for k in self.keys], [v.copy() for v in self.values], self.length)
+    def copy(self, length: int) -> SlotCache:
+        keys, values = ([a[:, :length].copy() for a in arrays] for arrays in (self.keys, self.values))
+        return SlotCache(keys, values, length)
 
 
 @dataclass(slots=True)

@@ -85,13 +85,13 @@ class SlotCache:
     length: int = 0
     make: Callable[[], SlotCache] | None = None
 
-    def copy(self) -> SlotCache:
+    def copy(self, length: int) -> SlotCache:
         assert self.make is not None
         new = self.make()
         for old, mine in zip(self.arrays, new.arrays, strict=True):
             for source, target in zip(old, mine, strict=True):
-                target[:, :, : self.length] = source[:, :, : self.length]
-        new.length = self.length
+                target[:, :, :length] = source[:, :, :length]
+        new.length = length
         return new
 
 

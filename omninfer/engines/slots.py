@@ -19,8 +19,8 @@ class Cache(Protocol):
     length: int
     """Tokens held; what lies beyond may be written over."""
 
-    def copy(self) -> Self:
-        """A cache that goes its own way from here."""
+    def copy(self, length: int) -> Self:
+        """A cache of the first `length` tokens that goes its own way from here."""
 
 
 C = TypeVar("C", bound=Cache)
@@ -47,14 +47,17 @@ class SlottedStage(Generic[C]):
         if slot in self._caches:
             self._caches[slot].length = length
 
-    def fork(self, src: int, dst: int) -> None:
-        self._check_open(src)
+    def fork(self, src: int, dst: int, length: int | None = None) -> None:
+        held = self.length(src)
         self._check_open(dst)
+        kept = held if length is None else length
+        self.limits.check_trim(kept, held)
         if src == dst:
+            self.trim(src, kept)
             return
         self._caches.pop(dst, None)
         if src in self._caches:
-            self._caches[dst] = self._caches[src].copy()
+            self._caches[dst] = self._caches[src].copy(kept)
 
     def drop(self, slot: int) -> None:
         self._check_open(slot)

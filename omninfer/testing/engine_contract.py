@@ -167,6 +167,25 @@ class EngineContract:
         self.same(left_on, run([stage], prompt(2, 15), slot=2, position=15))
         self.same(right, run([stage], np.concatenate((prompt(10), prompt(5, 60))), slot=3)[10:])
 
+    @pytest.mark.parametrize("kept", [0, 1, 6, 10])
+    def test_a_beginning_can_be_forked(self, stage: Stage, kept: int) -> None:
+        run([stage], prompt(10))
+        run([stage], prompt(3, 70), slot=1)
+        stage.fork(0, 1, kept)
+        assert (stage.length(0), stage.length(1)) == (10, kept)
+        right = run([stage], prompt(5, 60), position=kept, slot=1)
+        left = run([stage], prompt(5, 10), position=10)
+        self.same(right, run([stage], np.concatenate((prompt(kept), prompt(5, 60))), slot=3)[kept:])
+        self.same(left, run([stage], prompt(15), slot=2)[10:])
+
+    def test_more_than_there_is_can_not_be_forked(self, stage: Stage) -> None:
+        run([stage], prompt(4))
+        with pytest.raises(InputError, match="can not trim a slot of 4 tokens to 5"):
+            stage.fork(0, 1, 5)
+        assert (stage.length(0), stage.length(1)) == (4, 0)
+        stage.fork(0, 0, 3)
+        assert stage.length(0) == 3
+
     def test_forking_onto_itself_or_from_nothing(self, stage: Stage) -> None:
         run([stage], prompt(4))
         stage.fork(0, 0)

@@ -41,6 +41,8 @@ class Script:
         self.asked: list[list[int]] = []
         self._tokens = tokens
 
+    cached = 0
+
     async def logits(self, history: Sequence[int]) -> NDArray[np.float32]:
         await trio.lowlevel.checkpoint()
         self.asked.append(list(history))

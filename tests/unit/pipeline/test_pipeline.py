@@ -174,7 +174,7 @@ async def test_a_lost_lender_costs_time_but_no_token(noise_file: Path, greedy: l
     async with cluster(noise_file) as one:
         one.lend("a")
         one.lend("b")
-        coordinator = await lose(one, greedy, with_("a", "b", silence=1.0), how, "a")
+        coordinator = await lose(one, greedy, with_("a", "b", silence=2.5), how, "a")
         assert any("planning again" in note for note in one.notes)
         assert "b" in {peer for peer, _, _ in stages(coordinator)}
 
