@@ -24,7 +24,13 @@ from omnistore.errors import BadConfig, NetworkError, OmniError, RemoteProtocolE
 from omnistore.http.client import running_seed
 from omnistore.joining import Joined
 from omnistore.net.acquaintances import recall
-from omnistore.net.addresses import check_listenable, interface_addresses, parse_untrusted
+from omnistore.net.addresses import (
+    check_listenable,
+    default_listen,
+    interface_addresses,
+    parse_untrusted,
+)
+from omnistore.net.reachability import described
 from omnistore.node import Node, NodeEvent, NodeOptions, open_node
 
 CHECKS: Final = "omni.checks"
@@ -35,6 +41,8 @@ RELEASED: Final = datetime(2025, 10, 1, tzinfo=UTC).timestamp()
 """This program did not exist before: a clock that shows an earlier time is wrong."""
 NET_DEADLINE: Final = 45.0
 """Seconds for everything that needs other nodes."""
+NAT_PATIENCE: Final = 20.0
+"""Seconds for several nodes to try whether they can connect here."""
 
 State: TypeAlias = Literal["ok", "warning", "problem", "unknown"]
 
@@ -61,11 +69,12 @@ async def diagnose(config: Config, tell: Callable[[Finding], None]) -> None:
     for check in (check_home, check_disk, check_clock):
         for finding in check(config):
             tell(finding)
-    tell(await check_port(config))
+    port = await check_port(config)
+    tell(port)
     for finding in other_checks():
         tell(finding)
     if config.home.is_dir():
-        for finding in await check_network(config):
+        for finding in await check_network(config, listen=port.state == "ok"):
             tell(finding)
 
 
@@ -138,8 +147,7 @@ def check_clock(config: Config, now: float | None = None) -> Iterable[Finding]:
 
 async def check_port(config: Config) -> Finding:
     """Whether a seed could listen, or does."""
-    # Where a seed listens unless told otherwise; IPv6 follows IPv4.
-    listen = config.listen or ("/ip4/0.0.0.0/tcp/4141",)
+    listen = config.listen or default_listen()
     shown = ", ".join(listen)
     if await running_seed(config.home) is not None:
         return Finding("port", "ok", "the seed of this home is running")
@@ -159,8 +167,12 @@ def other_checks() -> Iterable[Finding]:
             yield Finding(entry.name, "warning", f"this check can not run here: {error}")
 
 
-async def check_network(config: Config) -> Sequence[Finding]:
-    """Whether a node of this home gets into the DHT, and what it sees there."""
+async def check_network(config: Config, *, listen: bool = False) -> Sequence[Finding]:
+    """Whether a node of this home gets into the DHT, and what it sees there.
+
+    With `listen` it listens meanwhile where a seed would, so that others can try whether they reach it.
+    """
+    seed = await running_seed(config.home)
     if not (config.bootstrap or config.mdns or recall(config.home, time.time())):
         return [
             Finding(
@@ -175,7 +187,13 @@ async def check_network(config: Config) -> Sequence[Finding]:
             tries.append(event)
 
     options = NodeOptions(
-        bootstrap=config.bootstrap, lan=config.mdns, recall=True, alone_ok=True, on_event=note
+        listen=(config.listen or default_listen()) if listen and seed is None else (),
+        bootstrap=config.bootstrap,
+        announce=config.announce,
+        lan=config.mdns,
+        recall=True,
+        alone_ok=True,
+        on_event=note,
     )
     findings: list[Finding] = []
     try:
@@ -217,7 +235,7 @@ async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> l
             *findings,
             Finding("nat", "unknown", "nobody is there to see this machine"),
         ]
-    return [*findings, await _look_up(node), await _nat(node)]
+    return [*findings, await _look_up(node), await _nat(node, config)]
 
 
 async def _look_up(node: Node) -> Finding:
@@ -233,8 +251,26 @@ async def _look_up(node: Node) -> Finding:
     return Finding("dht", "ok", f"{answered} nodes answered a look-up of a random key, in {took:.1f} s")
 
 
-async def _nat(node: Node) -> Finding:
-    """From where peers see us, against what our interfaces have. Whether they can dial us, nobody tried."""
+async def _nat(node: Node, config: Config) -> Finding:
+    """Whether others can connect here: what they told the seed of this home, or tell this node now."""
+    seed = await running_seed(config.home)
+    if seed is not None:
+        told = (await seed.get("/v1/status"))["reachability"]
+        state, text, remedy = told["state"], told["text"], told["remedy"]
+    elif node.autonat is not None:
+        with trio.move_on_after(NAT_PATIENCE):
+            await node.autonat.ask_around()
+        found = node.autonat.reachability
+        state, (text, remedy) = found.state, described(found)
+    else:
+        state, text, remedy = "unknown", "this node could not listen, so that nobody tried to connect", None
+    if state != "unknown":
+        return Finding("nat", "warning" if state == "private" else "ok", text, remedy)
+    return await _seen(node, text)
+
+
+async def _seen(node: Node, text: str) -> Finding:
+    """Too few said whether they can connect: from where peers see us, against what our interfaces have."""
     from omnistore.net.observed import observed_host
 
     seen: set[str] = set()
@@ -248,17 +284,17 @@ async def _nat(node: Node) -> Finding:
             seen.add(host)
     foreign = sorted(seen - set(interface_addresses()))
     if not seen:
-        return Finding("nat", "unknown", "no peer says from where it sees this machine")
+        return Finding("nat", "unknown", f"{text}; no peer says from where it sees this machine")
     if foreign:
         return Finding(
             "nat", "warning",
-            f"peers see this machine at {', '.join(foreign)}, which is none of its own addresses: it is"
-            " behind NAT, and this version punches no holes",
-            "To seed to the outside, forward TCP port 4141 to this machine and give its outside address"
-            " with --announce, or be reached through a relay with --relay-via. Fetching needs nothing.",
+            f"{text}; peers see this machine at {', '.join(foreign)}, which is none of its own addresses: it"
+            " is behind NAT",
+            "To seed to the outside, forward the TCP port that `omni seed` listens on (4141) to this machine,"
+            " or be reached through a relay with --relay-via. Fetching needs nothing.",
         )  # fmt: skip
     return Finding(
         "nat", "unknown",
-        f"peers see this machine at its own address {', '.join(sorted(seen))}: no NAT between them and it."
-        " Whether others can connect to it, nobody tried: no peer dials back in this version",
+        f"{text}; peers see this machine at its own address {', '.join(sorted(seen))}: no NAT between them"
+        " and it",
     )  # fmt: skip

@@ -29,6 +29,7 @@ from omnistore.naming import NameBook, Publication, Published
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.net.circuits import RelayLimits
 from omnistore.net.metering import MeteredNetwork
+from omnistore.net.reachability import Reachability
 from omnistore.store.files import FileStore
 from omnistore.transfer.bitswap_server import serve_bitswap
 from omnistore.transfer.pacing import Pacer
@@ -36,6 +37,7 @@ from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
 
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
+    from omnistore.net.autonat import Autonat, DialBackServer
     from omnistore.net.circuit_transport import Circuits
     from omnistore.net.libp2p import Libp2pNetwork
     from omnistore.net.relay import Relay
@@ -59,12 +61,19 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The addresses that others can dial changed: a relay was won or lost."""
+    """The addresses that others can dial changed: a relay was won or lost, or others found one of ours."""
 
     addrs: tuple[str, ...]
 
 
-NodeEvent: TypeAlias = Announced | Joined | Moved | Published | ServeEvent
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Whether others can connect to this node became known, or changed."""
+
+    found: Reachability
+
+
+NodeEvent: TypeAlias = Announced | Joined | Moved | Published | Reached | ServeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,10 @@ class Node:
     """The cap on blocks fetched, for every `FetchOptions.download` of this node."""
     relay: Relay | None = None
     """If it relays."""
+    autonat: Autonat | None = None
+    """If it listens: whether others can connect."""
+    dialbacks: DialBackServer | None = None
+    """If it tells others whether they can be connected to."""
     _index_version: int = field(default=-1)
 
     @property
@@ -182,6 +195,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
             _relay(node)
+            _autonat(node)
             await nursery.start(_serve, node)
             if options.server:
                 nursery.start_soon(_serve_bitswap, node)
@@ -226,6 +240,26 @@ def _relay(node: Node) -> None:
     if node.options.relay is not None:
         node.relay = Relay(node.network, node.options.relay)
         node.nursery.start_soon(node.relay.run)
+
+
+def _autonat(node: Node) -> None:
+    """Find out whether others can connect here, if it listens; if it serves, tell others the same."""
+    from omnistore.net.autonat import Autonat, DialBackServer
+
+    def changed(found: Reachability) -> None:
+        before = list(node.network.confirmed)
+        node.network.confirmed[:] = found.addrs if found.state == "public" else ()
+        if node.network.confirmed != before:
+            node.routing.moved()
+            node.options.on_event(Moved(tuple(node.network.addrs())))
+        node.options.on_event(Reached(found))
+
+    if node.options.server:
+        node.dialbacks = DialBackServer(node.network)
+        node.dialbacks.install()
+    if node.options.listen:
+        node.autonat = Autonat(node.network, changed)
+        node.nursery.start_soon(node.autonat.run)
 
 
 async def _serve_bitswap(node: Node) -> None:

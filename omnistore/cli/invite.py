@@ -17,6 +17,7 @@ from omnistore.invite import MAX_ADDRESSES
 from omnistore.invite import invite as make
 from omnistore.membership import found, membership
 from omnistore.net.addresses import (
+    default_listen,
     expand,
     interface_addresses,
     parse_dialable_untrusted,
@@ -64,8 +65,6 @@ def invite(output: Output, expires: str, addresses: tuple[str, ...], to: Path | 
 
 def _bootstrap(settings: Config, peer_id: str, given: tuple[str, ...]) -> tuple[str, ...]:
     """The addresses to put into the token. Raises `InputError`."""
-    from omnistore.cli.seed import default_listen
-
     for addr in given:
         if parse_dialable_untrusted(_of_peer(addr, peer_id))[0].is_wildcard:
             raise InputError(f"{addr} is no address that others can reach")

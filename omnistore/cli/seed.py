@@ -8,7 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from omnistore.net.circuits import RelayLimits
     from omnistore.node import NodeEvent
     from omnistore.store.sweep import Swept
-
-DEFAULT_PORT: Final = 4141
-"""TCP; unassigned by IANA, and none of the ports other IPFS programs use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +104,12 @@ def _check_compute(compute: float | None, allow: Sequence[str]) -> None:
             )
 
 
-def default_listen() -> tuple[str, ...]:
-    """Every interface, IPv6 where this machine has it."""
-    from omnistore.net.addresses import has_ipv6
-
-    everywhere = (f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}", f"/ip6/::/tcp/{DEFAULT_PORT}")
-    return everywhere if has_ipv6() else everywhere[:1]
-
-
 async def _run(output: Output, asked: _Seed) -> None:
     import trio
 
     from omnistore.http.daemon import Daemon, Statistics
     from omnistore.http.local import LOCK
+    from omnistore.net.addresses import default_listen
     from omnistore.node import NodeOptions, open_node
     from omnistore.store.disk import FileLock
 
@@ -217,7 +207,8 @@ def _report(output: Output, event: NodeEvent) -> None:
     from omnistore.joining import Joined
     from omnistore.naming import Published
     from omnistore.net.addresses import CIRCUIT
-    from omnistore.node import Announced, Moved
+    from omnistore.net.reachability import described
+    from omnistore.node import Announced, Moved, Reached
     from omnistore.transfer.server import Served, Unavailable
 
     match event:
@@ -240,6 +231,11 @@ def _report(output: Output, event: NodeEvent) -> None:
             for addr in addrs:
                 if CIRCUIT in addr:
                     output.note(f"reachable through a relay at {addr}")
+        case Reached(found):
+            output.event(
+                "reachability", state=found.state, yes=found.yes, no=found.no, addrs=list(found.addrs)
+            )
+            output.note(described(found)[0])
         case Served(peer, blocks, count, reason):
             output.event("served", peer=peer, blocks=blocks, bytes=count, reason=reason)
             if blocks:

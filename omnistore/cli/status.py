@@ -44,6 +44,10 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
             f"{told['pins_running']} running, {told['pins']['done']} done, {told['pins']['failed']} failed",
         ),
     ]
+    if reach := told.get("reachability"):
+        lines.append(("reachable", reach["text"]))
+        if reach["remedy"]:
+            lines.append(("", reach["remedy"]))
     if relay := told.get("relay"):
         lines.append(
             (

@@ -23,6 +23,7 @@ from omnistore.errors import StoreError
 from omnistore.http.metrics import Metric
 from omnistore.http.process import process_metrics
 from omnistore.net.metering import MeteredNetwork
+from omnistore.net.reachability import NEEDED, STATES, Reachability, described
 from omnistore.node import Announced, Node, NodeEvent
 from omnistore.pinning import Document, Site
 from omnistore.store.eviction import evict
@@ -126,6 +127,7 @@ class Daemon:
             "bytes_received": traffic.received,
             "streams": traffic.streams,
             "relay": self._relay(),
+            "reachability": self._reachability(),
             "blocks_sent": counted.blocks_sent,
             "blocks_failed": counted.blocks_failed,
             "announcements": dict(counted.announced),
@@ -145,6 +147,27 @@ class Daemon:
             "bytes": state.bytes_relayed,
             "refused": sum(state.refused.values()),
         }
+
+    def _reachability(self) -> Document:
+        """Whether others can connect, and how many say so."""
+        found, network = self._found(), self.node.network
+        text, remedy = described(found, relays=len(network.circuits))
+        dialbacks = self.node.dialbacks
+        return {
+            "state": found.state,
+            "scope": found.scope,
+            "yes": found.yes,
+            "no": found.no,
+            "needed": NEEDED,
+            "addrs": list(found.addrs),
+            "text": text,
+            "remedy": remedy,
+            "asked_of_us": dict(dialbacks.state.outcomes) if dialbacks else {},
+        }
+
+    def _found(self) -> Reachability:
+        autonat = self.node.autonat
+        return autonat.reachability if autonat else Reachability("unknown", "private", 0, 0)
 
     def peers(self) -> list[Document]:
         """Everyone connected or met lately, most bytes first."""
@@ -171,6 +194,7 @@ class Daemon:
         models = await self._models()
         traffic, counted = self.meter.traffic, self.statistics
         free = shutil.disk_usage(self.settings.home).free
+        found, dialbacks = self._found(), self.node.dialbacks
 
         def gauge(name: str, text: str, value: float) -> Metric:
             return Metric(name, "gauge", text, value)
@@ -208,6 +232,13 @@ class Daemon:
             counter("omni_evicted_bytes_total", "Bytes freed to stay under the disk cap.",
                     counted.bytes_evicted),
             gauge("omni_disk_free_bytes", "Bytes free on the disk of the home.", free),
+            Metric("omni_reachability", "gauge", "1 for what others found: whether they can connect here.",
+                   label="state",
+                   by_label={state: int(state == found.state) for state in STATES}),
+            Metric("omni_reachability_votes", "gauge", "Networks that could, and could not, connect here.",
+                   label="answer", by_label={"yes": found.yes, "no": found.no}),
+            outcomes("omni_dial_backs_total", "Peers dialled because they asked whether they can be.",
+                     dialbacks.state.outcomes if dialbacks else Counter()),
             *process_metrics(),
         ]  # fmt: skip
 

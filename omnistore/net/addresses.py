@@ -20,6 +20,8 @@ _HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 _BASE58: Final = frozenset("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
 CIRCUIT: Final = "/p2p-circuit"
 """What stands between a relay and the peer reached through it."""
+DEFAULT_PORT: Final = 4141
+"""TCP; unassigned by IANA, and none of the ports other IPFS programs use."""
 _MAX_TEXT: Final = 512
 """Longest address looked at, in characters; a DNS name has at most 253."""
 
@@ -181,6 +183,12 @@ def interface_addresses() -> Sequence[str]:
         for entry in entries
         if entry.family in (socket.AF_INET, socket.AF_INET6)
     ]
+
+
+def default_listen() -> tuple[str, ...]:
+    """Where a seed listens unless told otherwise: everywhere, IPv6 where this machine has it."""
+    everywhere = (f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}", f"/ip6/::/tcp/{DEFAULT_PORT}")
+    return everywhere if has_ipv6() else everywhere[:1]
 
 
 def has_ipv6() -> bool:

@@ -158,6 +158,8 @@ class Libp2pNetwork:
     """What is answered, by protocol."""
     circuits: list[str] = field(default_factory=list)
     """Our addresses through relays, handed out last."""
+    confirmed: list[str] = field(default_factory=list)
+    """Addresses that others reached us at, whether our interfaces have them or not."""
 
     def addrs(self) -> Sequence[str]:
         """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
@@ -252,8 +254,13 @@ async def open_network(
     check_listenable(wanted)
     quieten()
     circuits: list[str] = []
-    host, dialer = _new_host(key, options, lambda bound: _dialable(bound, outside, circuits))
-    network = Libp2pNetwork(host, key.public.peer_id, options, dialer, circuits=circuits)
+    confirmed: list[str] = []
+
+    def dialable(bound: Sequence[Any]) -> list[Any]:
+        return _dialable(bound, [*outside, *map(parse_untrusted, confirmed)], circuits)
+
+    host, dialer = _new_host(key, options, dialable)
+    network = Libp2pNetwork(host, key.public.peer_id, options, dialer, circuits=circuits, confirmed=confirmed)
     try:
         async with host.run(listen_addrs=[Multiaddr(address.transport) for address in wanted]):
             try:

@@ -1,0 +1,239 @@
+"""Whether others can connect: asked of real nodes, over loopback and across routers."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from libp2p.host.autonat.pb import autonat_pb2 as pb
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from omnistore.errors import PeerUnreachable
+from omnistore.http.client import running_seed
+from omnistore.keys import PrivateKey
+from omnistore.net import delimited
+from omnistore.net.autonat import PROTOCOL, Autonat, DialBackServer
+from omnistore.net.dialback import DialBackLimits
+from omnistore.net.interface import Provider, Stream
+from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
+from omnistore.net.reachability import Vote
+from tests.system.machines import PORT, Machine, Seed, internet
+
+LOCAL = "/ip4/127.0.0.1/tcp/0"
+ELSEWHERE = bytes.fromhex("0408080808060001")
+
+
+@asynccontextmanager
+async def pair(**options: Any) -> AsyncIterator[tuple[Libp2pNetwork, DialBackServer]]:
+    """One that asks, and one it is connected to, which dials back on this very machine too."""
+    async with (
+        open_network(PrivateKey(secrets.token_bytes(32)), [LOCAL], NetworkOptions(**options)) as asker,
+        open_network(PrivateKey(secrets.token_bytes(32)), [LOCAL], NetworkOptions(**options)) as other,
+    ):
+        server = DialBackServer(other, DialBackLimits(loopback=True, seconds=2))
+        server.install()
+        await asker.connect(other.addrs()[0])
+        yield asker, server
+
+
+async def ask(network: Libp2pNetwork, peer: str, addrs: list[str]) -> Vote | None:
+    autonat = Autonat(network, _addrs=frozenset(addrs))
+    return await autonat._ask_untrusted(peer)
+
+
+async def raw(network: Libp2pNetwork, peer: str, question: Any) -> Any:
+    stream = await network.open_stream(Provider(peer), PROTOCOL)
+    await delimited.send(stream, question)
+    with trio.fail_after(10):
+        answer = await delimited.receive_untrusted(stream, pb.Message)
+    await stream.aclose()
+    return answer.dialResponse
+
+
+def dial(peer: str, *addrs: str) -> Any:
+    question = pb.Message(type=pb.Message.DIAL)
+    question.dial.peer.id = ID.from_base58(peer).to_bytes()
+    question.dial.peer.addrs.extend(Multiaddr(addr).to_bytes() for addr in addrs)
+    return question
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("psk", [None, bytes(32)])
+async def test_who_listens_is_reached_by_a_new_connection(psk: bytes | None) -> None:
+    async with pair(psk=psk) as (asker, server):
+        vote = await ask(asker, server.network.peer_id, list(asker.addrs()))
+        assert vote is not None
+        assert (vote.reached, vote.addr) == (True, asker.addrs()[0].partition("/p2p/")[0])
+        assert server.state.outcomes == {"reached": 1, "failed": 0, "refused": 0}
+        # It hung up again, and the connection that there was is as it was.
+        with trio.fail_after(5):
+            while len(asker.host.get_network().get_connections()) > 1:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert server.network.peer_id in asker.peers()
+
+
+@pytest.mark.trio
+async def test_a_closed_port_is_closed_although_they_are_connected() -> None:
+    """The library's own says that it is open."""
+    async with pair() as (asker, server):
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            closed = f"/ip4/127.0.0.1/tcp/{bound.getsockname()[1]}"
+            vote = await ask(asker, server.network.peer_id, [f"{closed}/p2p/{asker.peer_id}"])
+        assert vote is not None
+        assert not vote.reached
+        assert server.state.outcomes["failed"] == 1
+
+
+@pytest.mark.trio
+async def test_somebody_else_at_that_port_is_not_us() -> None:
+    async with (
+        pair() as (asker, server),
+        open_network(PrivateKey(secrets.token_bytes(32)), [LOCAL]) as other,
+    ):
+        where = other.addrs()[0].partition("/p2p/")[0]
+        said = await raw(asker, server.network.peer_id, dial(asker.peer_id, where))
+        assert said.status == pb.Message.E_DIAL_ERROR
+
+
+@pytest.mark.trio
+async def test_nobody_is_dialled_for_somebody_else_or_elsewhere() -> None:
+    async with pair() as (asker, server):
+        peer, own = server.network.peer_id, asker.addrs()[0].partition("/p2p/")[0]
+        said = await raw(asker, peer, dial(peer, own))
+        assert said.status == pb.Message.E_BAD_REQUEST
+        with socket.socket() as victim:
+            # A listener at another address of this machine hears nothing.
+            victim.bind(("127.0.0.2", 0))
+            victim.listen(8)
+            victim.settimeout(0.3)
+            where = f"/ip4/127.0.0.2/tcp/{victim.getsockname()[1]}"
+            many = [where, *(f"/ip4/127.0.0.2/tcp/{port}" for port in range(2, 700))]
+            said = await raw(asker, peer, dial(asker.peer_id, *many))
+            assert said.status == pb.Message.E_DIAL_REFUSED
+            with pytest.raises(TimeoutError):
+                victim.accept()
+        assert server.state.outcomes == {"reached": 0, "failed": 0, "refused": 1}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("data", [b"", b"\xff" * 10, b"\x00", b"\x02\x08\x01", b"\x05hello"])
+async def test_questions_that_make_no_sense_leave_it_answering(data: bytes) -> None:
+    async with pair() as (asker, server):
+        bad = await asker.open_stream(Provider(server.network.peer_id), PROTOCOL)
+        await bad.send_all(data)
+        await bad.aclose()
+        with trio.fail_after(5):
+            try:
+                while await bad.receive_some(1000):
+                    pass
+            except PeerUnreachable:
+                pass
+        vote = await ask(asker, server.network.peer_id, list(asker.addrs()))
+        assert vote is not None
+        assert vote.reached
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pb.Message(),
+        pb.Message(type=pb.Message.DIAL_RESPONSE),
+        pb.Message(
+            type=pb.Message.DIAL_RESPONSE,
+            dialResponse=pb.Message.DialResponse(status=pb.Message.E_DIAL_REFUSED),
+        ),
+        pb.Message(
+            type=pb.Message.DIAL_RESPONSE,
+            dialResponse=pb.Message.DialResponse(status=pb.Message.OK, addr=b"\xff"),
+        ),
+        # At a port where nobody listens.
+        pb.Message(
+            type=pb.Message.DIAL_RESPONSE,
+            dialResponse=pb.Message.DialResponse(status=pb.Message.OK, addr=ELSEWHERE),
+        ),
+    ],
+)  # fmt: skip
+async def test_an_answer_that_says_nothing_is_no_vote(answer: Any) -> None:
+    async def server(stream: Stream) -> None:
+        await delimited.receive_untrusted(stream, pb.Message)
+        await delimited.send(stream, answer)
+
+    async with pair() as (asker, other):
+        other.network.serve(PROTOCOL, server)
+        assert await ask(asker, other.network.peer_id, list(asker.addrs())) is None
+
+
+def status(machine: Machine, seed: Seed) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(machine.omni(seed.home, "status", "--json").stdout)["reachability"]
+    return found
+
+
+def test_who_is_public_and_who_is_behind_a_router(tmp_path: Path) -> None:
+    with internet() as net:
+        every = net.crowd((1, 2, 3), tmp_path)
+        # Public: whoever asks three others is told so.
+        open_one = net.machine(4)
+        reachable = open_one.seed(tmp_path / "open", *every)
+        # Behind a router, and on a machine that drops what it did not ask for: not.
+        inside, router = net.home(5)
+        hidden = inside.seed(tmp_path / "hidden", *every)
+        walled = net.machine(6, firewall=True).seed(tmp_path / "walled", *every)
+        found = reachable.event("reachability")
+        assert (found["state"], found["no"]) == ("public", 0)
+        assert found["addrs"] == [f"/ip4/{open_one.host}/tcp/{PORT}"]
+        assert walled.event("reachability")["state"] == "private"
+        assert hidden.event("reachability")["state"] == "private"
+        told = status(inside, hidden)
+        assert (told["state"], told["scope"], told["yes"]) == ("private", "public", 0)
+        assert told["no"] >= told["needed"] == 3
+        assert "--relay-via" in told["remedy"]
+        assert "private" in inside.omni(hidden.home, "status").stdout
+        assert nat(inside, hidden.home, *every) == ("warning", "private")
+        assert hidden.stop() == 0
+        # With the port forwarded it is, under the router's address, which it learns and hands out.
+        router.nft(f'add rule ip nat in iifname "wan0" tcp dport {PORT} dnat to {inside.host}')
+        assert nat(inside, hidden.home, *every) == ("ok", "public")
+        forwarded = inside.seed(tmp_path / "hidden", *every)
+        outside = f"/ip4/{router.host}/tcp/{PORT}"
+        assert outside in forwarded.event("moved")["addrs"][0]
+        assert forwarded.event("reachability")["addrs"] == [outside]
+
+
+def nat(machine: Machine, home: Path, *args: str) -> tuple[str, str]:
+    """What `omni doctor` finds: its state, and the first word."""
+    done = machine.omni(home, "doctor", "--json", "--no-mdns", *args)
+    (found,) = [one for one in json.loads(done.stdout) if one["check"] == "nat"]
+    return found["state"], found["text"].split(":")[0]
+
+
+def test_two_witnesses_are_not_enough(tmp_path: Path) -> None:
+    with internet() as net:
+        every = net.crowd((1, 2), tmp_path)
+        machine = net.machine(3)
+        seed = machine.seed(tmp_path / "third", *every)
+        seed.event("joined")
+        seed.event("joined")
+        deadline = time.monotonic() + 20
+        while (told := status(machine, seed))["yes"] < 2:
+            assert time.monotonic() < deadline, told
+            time.sleep(0.2)
+        assert (told["state"], told["text"]) == ("unknown", "unknown: 2 of 3 answers that are needed")
+        # The home's socket is a file, whatever network one is in.
+        assert 'omni_reachability{state="unknown"} 1' in trio.run(metrics, seed.home)
+
+
+async def metrics(home: Path) -> str:
+    seed = await running_seed(home)
+    assert seed is not None
+    return await seed.text("/metrics")
