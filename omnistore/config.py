@@ -82,6 +82,11 @@ class Config:
     http: str | None = setting(
         None, "address", "HOST:PORT where a seed answers HTTP. None: nobody but this machine's user asks."
     )
+    mirrors: bool = setting(
+        False, "yes/no",
+        "Whether `omni pin` also asks web servers that peers name. Otherwise they are only shown: nobody is"
+        " dialled on a stranger's word.",
+    )  # fmt: skip
     up_limit: int | None = setting(
         None, "bytes/s", "Most that is sent to all peers together. None: as fast as the network goes.",
         low=1000, high=10**12,

@@ -32,6 +32,7 @@ from omnistore.net.metering import MeteredNetwork
 from omnistore.net.reachability import Reachability
 from omnistore.store.files import FileStore
 from omnistore.transfer.bitswap_server import serve_bitswap
+from omnistore.transfer.hinting import serve_hints
 from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.server import ServeEvent, serve_transfer
@@ -197,6 +198,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             _relay(node)
             _autonat(node)
             await nursery.start(_serve, node)
+            nursery.start_soon(serve_hints, node.meter, node.store)
             if options.server:
                 nursery.start_soon(_serve_bitswap, node)
                 nursery.start_soon(routing.run)

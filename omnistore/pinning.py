@@ -8,7 +8,7 @@ is the command line's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -43,7 +43,9 @@ _MAX_PEERS: Final = 64
 """Peers that a request may name."""
 
 
-_FIELDS: Final = frozenset({"cid", "layers", "peers", "bootstrap", "output", "mirrors", "gateways", "signer"})
+_FIELDS: Final = frozenset(
+    {"cid", "layers", "peers", "bootstrap", "output", "mirrors", "gateways", "signer", "hints"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class PinRequest:
     """URLs of IPFS trustless gateways."""
     signer: str | None = None
     """Peer ID of the one publisher whose signature is accepted; None for whoever."""
+    hints: bool = False
+    """Whether mirrors are asked that peers name."""
 
     def options(self, window: int) -> FetchOptions:
         """The same for `fetch_model`; `window` in bytes."""
@@ -77,6 +81,7 @@ class PinRequest:
             mirrors=self.mirrors,
             gateways=self.gateways,
             signer=self.signer,
+            hints=self.hints,
         )
 
     def document(self) -> Document:
@@ -90,6 +95,7 @@ class PinRequest:
             "mirrors": list(self.mirrors),
             "gateways": list(self.gateways),
             "signer": self.signer,
+            "hints": self.hints,
         }
 
 
@@ -113,6 +119,7 @@ def request_untrusted(document: object) -> PinRequest:
         _addresses(fields, "mirrors", check_url),
         _addresses(fields, "gateways", check_url),
         _text(fields, "signer"),
+        _flag(fields, "hints"),
     )
 
 
@@ -120,6 +127,13 @@ def _text(fields: Mapping[str, object], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{name}: {str(value)[:80]} is not a text")
+    return value
+
+
+def _flag(fields: Mapping[str, object], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: {str(value)[:80]} is not true or false")
     return value
 
 
@@ -145,6 +159,8 @@ class Site:
     """`Config.window`."""
     download: TokenBucket | None = None
     """The node's cap on what it fetches."""
+    hints: bool = False
+    """Whether mirrors are asked that peers name, though a request does not say so."""
 
 
 def is_here(store: Store, request: PinRequest) -> bool:
@@ -174,7 +190,8 @@ async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], No
             told_at = trio.current_time()
             tell(_progress(now))
 
-    options = replace(request.options(site.window), download=site.download)
+    options = request.options(site.window)
+    options = replace(options, download=site.download, hints=request.hints or site.hints)
     report = await fetch_model(site.network, site.routing, site.store, request.cid, options, progressed)
     tell(_done(report))
 
@@ -208,4 +225,5 @@ def _done(report: FetchReport) -> Document:
         "peers": dict(report.peers),
         "dropped": dict(report.dropped),
         "seconds": round(report.seconds, 3),
+        "mirrors": [asdict(hint) for hint in report.mirrors],
     }

@@ -62,6 +62,9 @@ RANKS: dict[str, int] = {
     "omnistore.transfer.bitswap_server": 2,
     "omnistore.transfer.bridge": 2,
     "omnistore.transfer.client": 2,
+    "omnistore.transfer.compare": 2,
+    "omnistore.transfer.hinting": 2,
+    "omnistore.transfer.outside": 2,
     "omnistore.transfer.pacing": 2,
     "omnistore.transfer.probe": 2,
     "omnistore.transfer.server": 2,
@@ -122,7 +125,8 @@ HOMES = {
     "rich": ("omnistore.cli", "omninfer.cli"),
     "cbor2": ("omnistore.dagcbor",),
     "h11": ("omnistore.http",),
-    "httpx": ("omnistore.transfer.web",),
+    "httpcore": ("omnistore.transfer.outside",),
+    "httpx": ("omnistore.transfer.outside", "omnistore.transfer.web"),
 }
 BANNED_NAMES = re.compile(r"shard|manager|handler|utils|helper", re.IGNORECASE)
 

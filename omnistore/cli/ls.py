@@ -44,4 +44,5 @@ def _document(status: ModelStatus) -> dict[str, object]:
         "layers": describe_parts(status.complete),
         "referenced": status.referenced,
         "files": list(status.files),
+        "mirrors": list(status.mirrors),
     }

@@ -16,7 +16,7 @@ from omnistore.cli import names
 from omnistore.cli.fetching import View, fetch_view, peers_text
 from omnistore.cli.home import config, home_store, with_caps, with_mdns
 from omnistore.cli.output import Output, size, with_output
-from omnistore.cli.web import Sources, with_sources
+from omnistore.cli.web import Sources, with_hints, with_sources
 from omnistore.config import Config
 from omnistore.dht.names import publisher_untrusted
 from omnistore.errors import InputError
@@ -36,6 +36,7 @@ from omnistore.trust import TrustStore
 @click.option("--signer", metavar="NAME|PEERID", help="Refuse a model that this publisher did not sign.")
 @with_caps
 @with_mdns
+@with_hints
 @with_output
 def pin(
     output: Output,
@@ -71,6 +72,7 @@ def pin(
         sources.mirrors,
         sources.gateways,
         wanted_signer,
+        settings.mirrors,
     )
     watched = Watched(output, trust)
     with home_store() as store:
@@ -140,6 +142,7 @@ class Watched:
         done = self.done
         for peer, reason in done["dropped"].items():
             self.output.note(f"dropped {peer}: {reason}")
+        self._tell_mirrors(done["mirrors"])
         publisher = done["publisher"]
         whose = self.trust.describe(publisher_untrusted(publisher) if publisher else None)
         self.output.note(f"signed by {whose}")
@@ -151,3 +154,17 @@ class Watched:
         self.output.event("done", **{key: value for key, value in done.items() if key != "event"})
         for path in done["paths"]:
             self.output.line(path)
+
+    def _tell_mirrors(self, hints: list[Document]) -> None:
+        """Who else has the files, by the word of peers, and was not asked."""
+        idle = [
+            hint["url"] + ("" if hint["public"] else " (not public)")
+            for hint in hints
+            if not hint["followed"]
+        ]
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            self.output.note(
+                f"mirrors named by peers, not asked: {', '.join(idle[:3])}{more};"
+                " --from URL adds one, --mirrors those on the public network"
+            )

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from omnistore.cid import CID
+from omnistore.cli.fetching import peers_text
 from omnistore.cli.home import config
 from omnistore.cli.names import open_client
 from omnistore.cli.output import Output, size, with_output
-from omnistore.errors import NoProviders
+from omnistore.errors import NoProviders, RemoteProtocolError
 from omnistore.net.addresses import parse_dialable_untrusted
+from omnistore.transfer.hints import is_public
 
 if TYPE_CHECKING:
     from omnistore.net.interface import Provider
     from omnistore.node import Node
     from omnistore.transfer.probe import Description, Found
+
+
+_log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -33,11 +40,12 @@ def providers(output: Output, cid: str, peers: tuple[str, ...], bootstrap: tuple
         parse_dialable_untrusted(addr)
     settings = config(bootstrap=bootstrap)
 
-    async def run() -> tuple[Description, list[Found], dict[str, int]]:
+    async def run() -> tuple[Description, list[Found], dict[str, int], dict[str, list[str]]]:
         async with open_client(settings, alone_ok=bool(peers)) as node:
-            return await _look(node, wanted, peers)
+            description, found, claims = await _look(node, wanted, peers)
+            return description, found, claims, await _mirrors(node, wanted, found)
 
-    description, found, claims = trio.run(run)
+    description, found, claims, mirrors = trio.run(run)
     total = sum(ref.size for ref in description.manifest.parts)
     output.result(
         {
@@ -46,6 +54,9 @@ def providers(output: Output, cid: str, peers: tuple[str, ...], bootstrap: tuple
             "size": total,
             "parts": len(description.parts),
             "providers": [_document(one, claims) for one in found],
+            "mirrors": [
+                {"url": url, "peers": named_by, "public": is_public(url)} for url, named_by in mirrors.items()
+            ],
         }
     )
     output.line(f"{description.manifest.name}, {size(total)} in {len(description.parts)} parts")
@@ -54,6 +65,8 @@ def providers(output: Output, cid: str, peers: tuple[str, ...], bootstrap: tuple
             f"not reachable: {one.error}" if one.error else f"{size(one.bytes_held)}, {one.parts} parts whole"
         )
         output.line(f"{one.provider.peer}  claims {claims.get(one.provider.peer, 0):>4}  {holds}")
+    for url, named_by in mirrors.items():
+        output.line(f"mirror {url}  named by {peers_text(len(named_by))}")
 
 
 async def _look(
@@ -96,6 +109,32 @@ async def _look(
             nursery.start_soon(ask, provider)
     found.sort(key=lambda one: (-one.bytes_held, one.provider.peer))
     return description, found, claims
+
+
+async def _mirrors(node: Node, cid: CID, found: Sequence[Found]) -> dict[str, list[str]]:
+    """Web servers that those who answered name, and who named each."""
+    import trio
+
+    from omnistore.transfer.hinting import ask_hints
+
+    named: dict[str, list[str]] = {}
+    limiter = trio.CapacityLimiter(16)
+
+    async def ask(provider: Provider) -> None:
+        async with limiter:
+            try:
+                urls = await ask_hints(node.network, provider, cid)
+            except RemoteProtocolError as error:
+                _log.warning("what %s says of mirrors is of no use: %s", provider.peer, error)
+                return
+        for url in urls:
+            named.setdefault(url, []).append(provider.peer)
+
+    async with trio.open_nursery() as nursery:
+        for one in found:
+            if one.error is None:
+                nursery.start_soon(ask, one.provider)
+    return {url: sorted(named[url]) for url in sorted(named)}
 
 
 def _document(found: Found, claims: dict[str, int]) -> dict[str, object]:

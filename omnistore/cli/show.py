@@ -33,6 +33,8 @@ def show(output: Output, model: str) -> None:
     for number, entry in enumerate(manifest.files):
         where = f"  {status.files[number]}" if status.files else ""
         output.line(f"{'file':<15} {entry.name} ({size(entry.size)}){where}")
+    for url in status.mirrors:
+        output.line(f"{'mirror':<15} {url}")
     for ref in manifest.parts:
         marks = ("held" if ref.key in status.complete else "-") + (
             ", pinned" if ref.key in status.pinned else ""
@@ -61,6 +63,7 @@ def _document(status: ModelStatus) -> dict[str, object]:
             | ({"path": status.files[number]} if status.files else {})
             for number, entry in enumerate(manifest.files)
         ],
+        "mirrors": list(status.mirrors),
         "parts": [
             {
                 "part": str(ref.key),

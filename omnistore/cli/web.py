@@ -47,6 +47,17 @@ def with_sources(command: Callable[..., None]) -> Callable[..., None]:
     return sourced
 
 
+def with_hints(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--mirrors` to the settings that `home.with_caps` passes as `caps`."""
+
+    @click.option("--mirrors", "hints", is_flag=True, help="Also fetch from web servers that peers name.")
+    @functools.wraps(command)
+    def hinted(*args: Any, hints: bool, caps: Mapping[str, Any], **kwargs: Any) -> None:
+        command(*args, caps={**caps, "mirrors": hints or None}, **kwargs)
+
+    return hinted
+
+
 def with_http(command: Callable[..., None]) -> Callable[..., None]:
     """Add `--http` to the settings that `home.with_caps` passes as `caps`."""
 

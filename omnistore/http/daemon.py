@@ -88,7 +88,10 @@ class Daemon:
     @property
     def site(self) -> Site:
         """Where its pins run."""
-        return Site(self.meter, self.node.routing, self.node.store, self.settings.window, self.node.download)
+        return Site(
+            self.meter, self.node.routing, self.node.store, self.settings.window, self.node.download,
+            self.settings.mirrors,
+        )  # fmt: skip
 
     async def keep_under_cap(self, tell: Callable[[Swept], None]) -> None:
         """Evict whenever models take more than the cap, if there is one."""
@@ -260,4 +263,5 @@ def describe(status: ModelStatus) -> dict[str, Any]:
         "parts": len(manifest.parts),
         "files": [str(path) for path in status.files],
         "referenced": status.referenced,
+        "mirrors": list(status.mirrors),
     }

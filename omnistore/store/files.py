@@ -126,6 +126,16 @@ class FileStore:
             writer.pin(row.id, status.pinned if parts is None else parts, False)
             writer.set_used_model(row.id, time.time())
 
+    def mirrors(self, cid: CID) -> Sequence[str]:
+        return self.index.mirrors(cid)
+
+    def set_mirrors(self, cid: CID, urls: Collection[str]) -> None:
+        row = self.index.model(cid)
+        if row is None:
+            raise BlockMissing(f"model {cid} is not held here")
+        with self.index.writing() as writer:
+            writer.put_mirrors(row.id, sorted(set(urls)))
+
     def announced(self) -> Collection[CID]:
         self._look_at_files()
         found = {CID.of_digest(DAG_CBOR, digest) for digest in self.index.whole_parts()}
@@ -206,6 +216,7 @@ class FileStore:
             bytes_held=sum(state.bytes_held for state in states),
             files=tuple(file.where for file in files) if placed else (),
             referenced=placed and not any(file.owned for file in files),
+            mirrors=tuple(self.index.mirrors(row.cid)),
         )
 
     def _distrust(self, location: Location, cid: CID, error: SourceChanged | DigestMismatch) -> None:

@@ -218,6 +218,15 @@ class Index:
         with self._database.reading() as db:
             return [(row[-1], _file(row)) for row in db.execute(query, values)]
 
+    def mirrors(self, cid: CID) -> list[str]:
+        """URLs recorded for the model under its own CID, or for any that has this manifest."""
+        query = (
+            "SELECT DISTINCT u.url FROM mirrors u JOIN models m ON m.id = u.model"
+            " WHERE m.cid = ?1 OR m.manifest = ?1 ORDER BY u.url"
+        )
+        with self._database.reading() as db:
+            return [url for (url,) in db.execute(query, (cid.binary,))]
+
     def evictable(self) -> list[int]:
         """Models that nothing pins and that have files of ours, the least recently used first."""
         query = (
@@ -300,6 +309,11 @@ class Writer:
             "UPDATE parts SET pinned = ? WHERE model = ? AND kind = ? AND number = ?",
             ((pinned, model, key.kind, key.index) for key in parts),
         )
+
+    def put_mirrors(self, model: int, urls: Iterable[str]) -> None:
+        """Have these be the mirrors of a model, in place of those known before."""
+        self._db.execute("DELETE FROM mirrors WHERE model = ?", (model,))
+        self._db.executemany("INSERT INTO mirrors (model, url) VALUES (?, ?)", ((model, url) for url in urls))
 
     def put_file(self, file: StoredFile) -> int:
         """Know a file, or how it looks now; its id. `file.id` is ignored; a file of ours stays ours."""

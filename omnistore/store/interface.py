@@ -49,6 +49,8 @@ class ModelStatus:
     a sparse `NAME.gguf.part` while it is not whole). Empty unless all of them have a place."""
     referenced: bool
     """True when the files are the user's own, referenced in place."""
+    mirrors: tuple[str, ...] = ()
+    """As `Store.mirrors` has them."""
 
     @property
     def whole(self) -> bool:
@@ -148,6 +150,17 @@ class Store(Protocol):
 
     def unpin(self, cid: CID, parts: Collection[PartKey] | None = None) -> None:
         """Let garbage collection have these parts (None: all) of a model. Raises `BlockMissing`."""
+        ...
+
+    def mirrors(self, cid: CID) -> Sequence[str]:
+        """URLs that this home's user recorded for the model under a signed or bare manifest's CID, sorted.
+
+        Empty when there are none, and for what is not held.
+        """
+        ...
+
+    def set_mirrors(self, cid: CID, urls: Collection[str]) -> None:
+        """Record mirrors of a model, in place of those before. Raises `BlockMissing`."""
         ...
 
     def announced(self) -> Collection[CID]:

@@ -28,6 +28,8 @@ class MemoryStore:
         """Manifest to the CID that people name the model by."""
         self._pins: dict[CID, frozenset[PartKey]] = {}
         """By manifest."""
+        self._mirrors: dict[CID, frozenset[str]] = {}
+        """By manifest: this store knows one publisher of each."""
         self._open: set[CID] = set()
         """Manifests being assembled."""
         self._lock = threading.RLock()
@@ -84,7 +86,9 @@ class MemoryStore:
                 if len(held) == len(part.links()):
                     complete.add(key)
             pinned = self._pins[model.manifest_cid]
-            return ModelStatus(model, pinned, frozenset(complete), count, files=(), referenced=False)
+            return ModelStatus(
+                model, pinned, frozenset(complete), count, (), False, tuple(self.mirrors(model.manifest_cid))
+            )
 
     def find(self, text: str) -> Model:
         with self._lock:
@@ -98,6 +102,15 @@ class MemoryStore:
             status = self.status(cid)
             gone = status.pinned if parts is None else frozenset(parts)
             self._pins[status.model.manifest_cid] = status.pinned - gone
+
+    def mirrors(self, cid: CID) -> Sequence[str]:
+        with self._lock:
+            known = [manifest for manifest, named in self._models.items() if cid in (manifest, named)]
+            return sorted(url for manifest in known for url in self._mirrors.get(manifest, ()))
+
+    def set_mirrors(self, cid: CID, urls: Collection[str]) -> None:
+        with self._lock:
+            self._mirrors[self.status(cid).model.manifest_cid] = frozenset(urls)
 
     def announced(self) -> Collection[CID]:
         found: set[CID] = set()

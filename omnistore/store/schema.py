@@ -80,8 +80,16 @@ _FIRST: Final = (
 )
 # When blocks of a file were last read or written, in seconds since 1970: what eviction goes by.
 _SECOND: Final = ("ALTER TABLE files ADD COLUMN used INTEGER NOT NULL DEFAULT 0",)
+# Where the user says that a model's files lie on the web too; no part of what is signed.
+_THIRD: Final = (
+    """CREATE TABLE mirrors (
+        model INTEGER NOT NULL REFERENCES models(id) ON DELETE CASCADE,
+        url TEXT NOT NULL,
+        PRIMARY KEY (model, url)
+    ) WITHOUT ROWID""",
+)
 
-_MIGRATIONS: Final = {"0001_first": _FIRST, "0002_last_use": _SECOND}
+_MIGRATIONS: Final = {"0001_first": _FIRST, "0002_last_use": _SECOND, "0003_mirrors": _THIRD}
 """By the name that an index keeps of those it has had, in order."""
 VERSION: Final = len(_MIGRATIONS)
 """`PRAGMA user_version` of an index that has every migration."""

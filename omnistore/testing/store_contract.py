@@ -294,6 +294,21 @@ class StoreContract:
         with pytest.raises(BlockMissing):
             store.unpin(ABSENT)
 
+    def test_mirrors_are_kept_beside_the_model(self, store: Store, made: Sample) -> None:
+        fill(store, made)
+        cid, urls = made.signed.cid, ["https://b.example/x.gguf", "https://a.example/"]
+        assert store.mirrors(cid) == [] == store.mirrors(ABSENT)
+        store.set_mirrors(cid, urls)
+        store = self.reopen(store)
+        assert store.mirrors(cid) == store.mirrors(made.bare.cid) == sorted(urls)
+        assert store.status(cid).mirrors == tuple(sorted(urls))
+        store.set_mirrors(made.bare.cid, urls[:1])
+        assert store.mirrors(cid) == urls[:1]
+        store.set_mirrors(cid, [])
+        assert self.reopen(store).mirrors(cid) == []
+        with pytest.raises(BlockMissing):
+            store.set_mirrors(ABSENT, urls)
+
     def test_people_find_models(self, store: Store, made: Sample) -> None:
         fill(store, made)
         cid = made.signed.cid

@@ -51,6 +51,8 @@ from omnistore.net.interface import ContentRouting, Network, Provider, Stream, S
 from omnistore.store.interface import Assembly, Model, Store
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
+from omnistore.transfer.hinting import Hinting, advised
+from omnistore.transfer.hints import Hint
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.session import LIMITS, Session, SessionLimits
 from omnistore.transfer.swarm import Swarm, Tally
@@ -104,6 +106,8 @@ class FetchOptions:
     """URLs of IPFS trustless gateways."""
     signer: str | None = None
     """Peer ID of the one publisher whose signature is accepted; None for whoever."""
+    hints: bool = False
+    """Whether mirrors are asked that peers name. If not, they are only reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,8 @@ class FetchReport:
     dropped: Mapping[str, str]
     """Peers dropped, and why."""
     seconds: float
+    mirrors: tuple[Hint, ...] = ()
+    """What peers named, whether it was asked or not."""
 
 
 class Offline:
@@ -191,7 +197,10 @@ async def fetch_model(
     swarm = Swarm(web or network, session, finite=routing is None and not options.mirrors)
     for provider in [provider_at(addr) for addr in options.peers] + (web.gateways if web else []):
         swarm.add(provider)
-    fetch = _Fetch(swarm, store, cid, options, progress, web, discovers=routing is not None, names=[cid])
+    hinting = Hinting(network, cid, swarm, web if options.hints else None)
+    fetch = _Fetch(
+        swarm, store, cid, options, progress, web, hinting, discovers=routing is not None, names=[cid]
+    )
     failure: OmniError | None = None
     report: FetchReport | None = None
     # A nursery would wrap what its body raises into a group: callers get the plain error instead.
@@ -201,18 +210,19 @@ async def fetch_model(
             nursery.start_soon(web.run)
         if routing is not None:
             nursery.start_soon(_discover, swarm, routing, fetch.names)
+        nursery.start_soon(hinting.run)
         try:
             report = await fetch.run()
         except OmniError as error:
             failure = error
         nursery.cancel_scope.cancel()
     if report is None:
-        raise failure or LocalProtocolError("a fetch ended without a result")
+        raise advised(failure, hinting.hints()) or LocalProtocolError("a fetch ended without a result")
     return report
 
 
 def _web_sources(network: Network, options: FetchOptions) -> WebSources | None:
-    if not (options.mirrors or options.gateways):
+    if not (options.mirrors or options.gateways or options.hints):
         return None
     # An HTTP client takes a tenth of a second to import: only for those who need it.
     from omnistore.transfer.web import WebSources
@@ -255,6 +265,7 @@ class _Fetch:
     options: FetchOptions
     progress: Callable[[FetchProgress], None]
     web: WebSources | None
+    hinting: Hinting
     discovers: bool
     """Whether more peers may be found."""
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(2))
@@ -301,6 +312,7 @@ class _Fetch:
             peers=dict(tally.peers),
             dropped=dict(tally.dropped),
             seconds=seconds,
+            mirrors=self.hinting.hints(),
         )
 
     # --- nodes ------------------------------------------------------------------------------
@@ -321,6 +333,7 @@ class _Fetch:
             for provider in self.web.mirrors:
                 self.swarm.add(provider)
             self.swarm.finite = not self.discovers
+        self.hinting.learn([entry.name for entry in manifest.files])
         # Ask every peer what it holds of everything now: the answers come in while headers are fetched.
         await self.swarm.fetch([_want(ref.cid, parts[ref.key], frozenset()) for ref in refs], _nowhere)
         return parts

@@ -157,6 +157,10 @@ class Swarm:
         """How many are joined."""
         return len(self._links)
 
+    def joined(self) -> Sequence[Provider]:
+        """Who they are."""
+        return [self._candidates[peer] for peer in self._links if peer in self._candidates]
+
     async def run(self) -> None:
         """Keep the links, until cancelled."""
         async with trio.open_nursery() as nursery:

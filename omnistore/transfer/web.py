@@ -26,6 +26,8 @@ from omnistore.errors import BadConfig, LocalProtocolError, PeerUnreachable, Rem
 from omnistore.manifest import Manifest, Part
 from omnistore.net.interface import Network, Provider, Stream, StreamServer
 from omnistore.transfer.bridge import Delivery, Origin, OriginStream
+from omnistore.transfer.hints import Mirror
+from omnistore.transfer.outside import PublicTransport
 from omnistore.transfer.ranges import (
     RANGE_MOST,
     Place,
@@ -76,6 +78,20 @@ def _trust() -> ssl.SSLContext:
             f"SSL_CERT_FILE is {named!r}, of which no certificates can be read: {error.strerror or error}",
             remedy="Name a file of certificates in PEM form, or unset it.",
         ) from None
+
+
+@asynccontextmanager
+async def open_client(*, public_only: bool = False) -> AsyncIterator[httpx.AsyncClient]:
+    """A client, of the public network only or of whatever a person names. Raises `BadConfig`."""
+    patience = httpx.Timeout(READ_PATIENCE, connect=CONNECT_PATIENCE, pool=None)
+    # Encodings other than none would save nothing on weights, and could hide any number of bytes.
+    headers = {"User-Agent": "omni", "Accept": "*/*", "Accept-Encoding": "identity"}
+    trust = _trust()
+    transport = PublicTransport(trust) if public_only else None
+    async with httpx.AsyncClient(
+        timeout=patience, headers=headers, verify=trust, transport=transport, trust_env=not public_only
+    ) as client:
+        yield client
 
 
 def _check_trust(error: Exception) -> None:
@@ -177,7 +193,7 @@ class WebFiles(_Web):
         """Ask for the magic number of the first file that it has."""
         for number, url in enumerate(self.urls):
             if url is not None:
-                async with self._range(url, Range(number, 0, 3, ())) as response:
+                async with self.range(url, Range(number, 0, 3, ())) as response:
                     async for data in response.aiter_raw(4):
                         if data and not b"GGUF".startswith(data[:4]):
                             raise RemoteProtocolError("has something else there than a GGUF file")
@@ -185,7 +201,8 @@ class WebFiles(_Web):
                 raise PeerUnreachable(f"{self.peer} sent nothing")
 
     @asynccontextmanager
-    async def _range(self, url: str, job: Range) -> AsyncIterator[httpx.Response]:
+    async def range(self, url: str, job: Range) -> AsyncIterator[httpx.Response]:
+        """The answer to a request of one range, found to be about it; body not read. Raises as `get`."""
         headers = {"Range": f"bytes={job.first}-{job.last}"}
         async with self.get(url, headers) as response:
             size = self.where.files[job.file].size
@@ -200,7 +217,7 @@ class WebFiles(_Web):
         while not reading.done():
             before = reading.at
             try:
-                async with self._range(url, reading.rest()) as response:
+                async with self.range(url, reading.rest()) as response:
                     async for data in response.aiter_raw():
                         await reading.feed(data)
                         if reading.done() and response.status_code == 200:
@@ -332,11 +349,15 @@ class WebSources:
         self._network = network
         self._mirrors = _named(mirrors, "")
         self._gateways = _named(gateways, " (gateway)")
+        self._hinted: dict[str, Mirror] = {}
+        """Mirrors that peers named."""
         self._sources: dict[str, Origin] = {}
         self._resolved = trio.Event()
         self._ready = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._client: httpx.AsyncClient | None = None
+        self._public: httpx.AsyncClient | None = None
+        """For what strangers named."""
 
     @property
     def gateways(self) -> list[Provider]:
@@ -350,11 +371,9 @@ class WebSources:
 
     async def run(self) -> None:
         """Keep the connections, until cancelled. Raises `BadConfig` when `SSL_CERT_FILE` is of no use."""
-        patience = httpx.Timeout(READ_PATIENCE, connect=CONNECT_PATIENCE, pool=None)
-        # Encodings other than none would save nothing on weights, and could hide any number of bytes.
-        headers = {"User-Agent": "omni", "Accept": "*/*", "Accept-Encoding": "identity"}
         async with (
-            httpx.AsyncClient(timeout=patience, headers=headers, verify=_trust()) as self._client,
+            open_client() as self._client,
+            open_client(public_only=True) as self._public,
             trio.open_nursery() as self._nursery,
         ):
             self._ready.set()
@@ -367,6 +386,16 @@ class WebSources:
             self.where.learn_part(ref, part)
         for url in self._mirrors.values():
             file_urls(url, [entry.name for entry in manifest.files])
+
+    def has(self, peer: str) -> bool:
+        """Whether a name among the peers is one of these sources."""
+        return peer in self._mirrors or peer in self._gateways or peer in self._hinted
+
+    def hinted(self, mirror: Mirror) -> Provider:
+        """A server that peers named, as a candidate; for after `learn`."""
+        peer = f"{mirror.url} (named by a peer)"
+        self._hinted[peer] = mirror
+        return Provider(peer)
 
     def resolve(self, placements: Sequence[Placement]) -> None:
         """Take in where every block lies."""
@@ -390,7 +419,7 @@ class WebSources:
 
     async def open_stream(self, provider: Provider, protocol: str) -> Stream:
         """A stream to a source, once it takes requests again; or to a peer."""
-        if provider.peer not in self._mirrors and provider.peer not in self._gateways:
+        if not self.has(provider.peer):
             return await self._network.open_stream(provider, protocol)
         await self._ready.wait()
         source = self._source(provider.peer)
@@ -405,9 +434,12 @@ class WebSources:
         """One source, kept over its streams: it remembers when it may be asked again."""
         found = self._sources.get(peer)
         if found is None:
-            if self._client is None:
+            if self._client is None or self._public is None:
                 raise LocalProtocolError("a source was asked before it was run")
-            if peer in self._gateways:
+            if peer in self._hinted:
+                mirror = self._hinted[peer]
+                found = WebFiles(mirror.url, peer, self._public, self.where, CONNECTIONS, urls=mirror.urls)
+            elif peer in self._gateways:
                 found = Gateway(self._gateways[peer], peer, self._client, self.where, GATEWAY_CONNECTIONS)
             else:
                 url = self._mirrors[peer]

@@ -138,7 +138,7 @@ def test_dead_providers_hide_no_live_one_and_are_not_dialled_on_and_on(model: Mo
         open_stream = me.open_stream
 
         async def counting(provider: Provider, protocol: str) -> Stream:
-            dials[provider.peer] += 1
+            dials[provider.peer] += protocol == PROTOCOL
             return await open_stream(provider, protocol)
 
         me.open_stream = counting  # type: ignore[method-assign]  # an observer

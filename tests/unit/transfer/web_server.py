@@ -1,8 +1,12 @@
-"""A small web server with ranges and one fault at a time, over real sockets. Not a test."""
+"""A small web server with ranges and one fault at a time, over real sockets. Not a test.
+
+`python -m tests.unit.transfer.web_server ROOT HOST` serves until its stdin ends; prints its URL.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +49,8 @@ class WebServer:
     """Bytes of bodies handed to the socket."""
     busy: int = 0
     """Requests to answer 429 before any other answer."""
+    to: str | None = None
+    """Where every request is sent on to."""
     url: str = ""
     drop: threading.Event = field(default_factory=threading.Event)
 
@@ -79,7 +85,9 @@ class _Serving(BaseHTTPRequestHandler):
 
     def _redirected(self, late: bool) -> bool:
         fault, path = self.web.fault, self.path
-        if fault == "redirect" and not path.startswith("/real/"):
+        if self.web.to is not None:
+            self._answer(302, b"", {"Location": self.web.to})
+        elif fault == "redirect" and not path.startswith("/real/"):
             self._answer(302, b"", {"Location": "/real" + path})
         elif fault == "redirect-loop":
             self._answer(302, b"", {"Location": path + "x"})
@@ -152,12 +160,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(root: Path, fault: str | None = None, **options: Any) -> Iterator[WebServer]:
+def serving(
+    root: Path, fault: str | None = None, *, host: str = "127.0.0.1", **options: Any
+) -> Iterator[WebServer]:
     """Serve `root` on a free port of this machine."""
     web = WebServer(root, fault, **options)
     serving_class = type("Serving", (_Serving,), {"web": web})
-    server = _Server(("127.0.0.1", 0), serving_class)
-    web.url = f"http://127.0.0.1:{server.server_port}"
+    server = _Server((host, 0), serving_class)
+    web.url = f"http://{host}:{server.server_port}"
     thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True)
     thread.start()
     try:
@@ -166,3 +176,9 @@ def serving(root: Path, fault: str | None = None, **options: Any) -> Iterator[We
         web.drop.set()
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with serving(Path(sys.argv[1]), host=sys.argv[2]) as started:
+        print(started.url, flush=True)
+        sys.stdin.read()
