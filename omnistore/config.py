@@ -58,9 +58,10 @@ class Config:
     relay: bool = setting(
         False, "yes/no", "Whether a seed relays for nodes that nobody can dial: it costs their traffic twice."
     )
-    relay_via: tuple[str, ...] = setting(
-        (), "addresses",
-        "Relays to be reached through, as multiaddrs ending in /p2p/PEER; for a seed that nobody can dial.",
+    relay_via: str | tuple[str, ...] = setting(
+        "auto", "relays",
+        "Relays that a seed is reached through. auto: some of its peers that relay, while others find that"
+        " nobody can connect to it. A list of multiaddrs ending in /p2p/PEER: those, always. off: none.",
     )  # fmt: skip
     relay_reservations: int = setting(
         128, "count", "Peers a relay lets be reached through it; each keeps a connection open.",

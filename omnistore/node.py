@@ -99,6 +99,8 @@ class NodeOptions:
     """Relay for others, within these."""
     relay_via: Sequence[str] = ()
     """Multiaddrs ending in `/p2p/…` of relays to be reached through."""
+    relay_auto: bool = False
+    """Be reached through some of the peers that relay, while nobody can connect to this node."""
     on_event: Callable[[NodeEvent], None] = lambda event: None
 
 
@@ -195,8 +197,8 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
-            _relay(node)
             _autonat(node)
+            _relay(node)
             await nursery.start(_serve, node)
             nursery.start_soon(serve_hints, node.meter, node.store)
             if options.server:
@@ -230,6 +232,7 @@ def _relay(node: Node) -> None:
     """Dial through relays, be reached through some, be one: whatever this node is to do of it."""
     from omnistore.net.circuit_transport import Circuits
     from omnistore.net.relay import Relay
+    from omnistore.net.relay_use import RelayUse
 
     def moved() -> None:
         node.routing.moved()
@@ -239,6 +242,10 @@ def _relay(node: Node) -> None:
     circuits.install()
     for addr in node.options.relay_via:
         node.nursery.start_soon(circuits.keep_reserved, addr)
+    autonat = node.autonat
+    if node.options.relay_auto and autonat is not None:
+        use = RelayUse(circuits, lambda: autonat.reachability.state)
+        node.nursery.start_soon(use.run)
     if node.options.relay is not None:
         node.relay = Relay(node.network, node.options.relay)
         node.nursery.start_soon(node.relay.run)

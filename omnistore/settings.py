@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from omnistore.errors import BadConfig
 
 Unit: TypeAlias = Literal[
-    "bytes", "bytes/s", "seconds", "count", "yes/no", "address", "addresses", "directory"
+    "bytes", "bytes/s", "seconds", "count", "yes/no", "address", "addresses", "relays", "directory"
 ]
 Value: TypeAlias = int | float | bool | str | tuple[str, ...] | None
 _T = TypeVar("_T")
@@ -61,6 +61,7 @@ _EXAMPLES: Final = MappingProxyType(
         "yes/no": "true or false",
         "address": "a text",
         "addresses": "a list of texts",
+        "relays": '"auto", "off", or a list of texts',
     }
 )
 
@@ -173,7 +174,9 @@ def _typed(unit: Unit, value: object) -> Value:
             raise _refused(value, unit)
         case "address", str() if value:
             return value
-        case "addresses", list() | tuple() if all(isinstance(item, str) for item in value):
+        case "relays", "auto" | "off" | ["auto" | "off"]:
+            return str(value if isinstance(value, str) else value[0])
+        case "addresses" | "relays", list() | tuple() if all(isinstance(item, str) for item in value):
             return tuple(value)
         case "bytes" | "bytes/s" | "count", int():
             return value

@@ -43,7 +43,9 @@ class _Seed:
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="A node to join the network through.")
 @click.option("--announce", multiple=True, metavar="MADDR", help="An address that others reach this node at.")
 @click.option("--relay", is_flag=True, help="Relay for nodes that nobody can dial, within bounds.")
-@click.option("--relay-via", multiple=True, metavar="MADDR", help="Be reached through this relay.")
+@click.option(
+    "--relay-via", multiple=True, metavar="MADDR", help="A relay to be reached through; auto; off."
+)
 @click.option(
     "--compute", is_flag=False, flag_value=0.0, type=click.FloatRange(min=0), metavar="[=GB]",
     help="Lend compute too, and as much memory (default: what is free).",
@@ -127,7 +129,8 @@ async def _run(output: Output, asked: _Seed) -> None:
         lan=asked.settings.mdns,
         recall=True,
         relay=_relay_limits(asked.settings) if asked.settings.relay else None,
-        relay_via=asked.settings.relay_via,
+        relay_via=() if isinstance(asked.settings.relay_via, str) else asked.settings.relay_via,
+        relay_auto=asked.settings.relay_via == "auto",
         on_event=told,
     )
     make_home(asked.settings.home)

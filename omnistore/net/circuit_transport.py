@@ -9,6 +9,7 @@ never laid over another one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -108,27 +109,36 @@ class Circuits:
             await stream.reset()
             raise
 
-    async def keep_reserved(self, addr: str) -> None:
-        """Be reachable through the relay at `addr`, for ever; needed only by who can not be dialled."""
+    async def keep_reserved(self, addr: str, tries: float = math.inf) -> None:
+        """Be reachable through the relay at `addr`; needed only by who can not be dialled.
+
+        For ever, or until `tries` reservations have failed one after another.
+        """
         address, relay = parse_dialable_untrusted(addr)
         self._asked.add(relay)
         if STOP not in self.network.served:
             self.network.serve(STOP, self._take)
-        wait = RETRY_FIRST
-        while True:
+        wait, failures = RETRY_FIRST, 0
+        while failures < tries:
             try:
                 valid = await self._reserve(address)
             except (OmniError, SwarmException, trio.TooSlowError) as error:
                 logger.info("no reservation at the relay %s: %s", addr, error)
                 self._set(relay, None)
+                failures += 1
                 await trio.sleep(wait)
                 wait = min(2 * wait, RETRY_MOST)
                 continue
-            wait = RETRY_FIRST
+            wait, failures = RETRY_FIRST, 0
             self._set(relay, f"{address.transport}/p2p/{relay}{CIRCUIT}")
             with trio.move_on_after(valid * RENEW_AT):
                 while relay in self.network.peers():  # noqa: ASYNC110  # the library has no event for it
                     await trio.sleep(LOOK_EVERY)
+
+    def release(self, relay: str) -> None:
+        """Be reached through a relay no longer; what it refuses itself, it may keep until it expires."""
+        self._asked.discard(relay)
+        self._set(relay, None)
 
     async def _reserve(self, relay: Address) -> float:
         """Ask for a reservation; for how many seconds it is."""

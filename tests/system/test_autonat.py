@@ -21,11 +21,13 @@ from omnistore.errors import PeerUnreachable
 from omnistore.http.client import running_seed
 from omnistore.keys import PrivateKey
 from omnistore.net import delimited
+from omnistore.net.addresses import CIRCUIT
 from omnistore.net.autonat import PROTOCOL, Autonat, DialBackServer
 from omnistore.net.dialback import DialBackLimits
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
 from omnistore.net.reachability import Vote
+from omnistore.testing.tiny_gguf import tiny_model
 from tests.system.machines import PORT, Machine, Seed, internet
 
 LOCAL = "/ip4/127.0.0.1/tcp/0"
@@ -237,3 +239,32 @@ async def metrics(home: Path) -> str:
     seed = await running_seed(home)
     assert seed is not None
     return await seed.text("/metrics")
+
+
+def test_who_is_private_finds_a_relay_by_itself(tmp_path: Path) -> None:
+    """Two homes behind routers and a relay that both can reach: nothing is said of it to either."""
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(tiny_model(2, width=128).build())
+    with internet() as net:
+        relay = net.machine(9)
+        (tmp_path / "relay").mkdir()
+        every = [*net.crowd((1, 2), tmp_path), "--bootstrap", relay.addr(tmp_path / "relay")]
+        relaying = relay.seed(tmp_path / "relay", "--relay", *every)
+        relaying.event("ready")
+        inside, _ = net.home(5)
+        added = inside.omni(tmp_path / "hidden", "add", file, "--json")
+        cid = json.loads(added.stdout)["cid"]
+        hidden = inside.seed(tmp_path / "hidden", *every)
+        assert hidden.event("reachability")["state"] == "private"
+        addrs = hidden.event("moved")["addrs"]
+        (circuit,) = [addr for addr in addrs if CIRCUIT in addr]
+        assert circuit.startswith(relay.addr(tmp_path / "relay"))
+        told = status(inside, hidden)
+        assert "reached through 1 relay" in told["text"]
+        # Another home fetches from it, knowing nothing but where to join.
+        elsewhere, _ = net.home(6)
+        done = elsewhere.omni(tmp_path / "fetcher", "pin", cid, "--json", "--no-mdns", *every[:2])
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout.splitlines()[-1])
+        assert Path(report["path"]).read_bytes() == file.read_bytes()
+        assert list(report["peers"]) == [hidden.seen[0]["peer_id"]]

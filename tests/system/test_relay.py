@@ -20,7 +20,9 @@ from omnistore.net.circuit_transport import Circuits
 from omnistore.net.circuits import RelayLimits
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, open_network
+from omnistore.net.reachability import State
 from omnistore.net.relay import HOP, Relay
+from omnistore.net.relay_use import RelayUse
 from omnistore.testing.tiny_gguf import tiny_model
 
 if TYPE_CHECKING:
@@ -160,6 +162,57 @@ async def test_questions_that_make_no_sense_leave_it_relaying(data: bytes) -> No
                 pass
         await seeker.connect(hidden.addrs()[0])
         await echoes(seeker, hidden.peer_id, 1000)
+
+
+@pytest.mark.trio
+async def test_relays_are_used_while_nobody_can_connect_and_dropped_after() -> None:
+    state: list[State] = ["unknown"]
+    async with (
+        node(LOCAL) as (middle, _),
+        node(LOCAL) as (other, _),
+        node() as (hidden, reserving),
+        trio.open_nursery() as nursery,
+    ):
+        relay = Relay(middle, RelayLimits())
+        nursery.start_soon(relay.run)
+        await until(lambda: HOP in middle.served)
+        # Connected to both, it asks the one that says it relays, and nobody it is not connected to.
+        await hidden.connect(middle.addrs()[0])
+        await hidden.connect(other.addrs()[0])
+        use = RelayUse(reserving, lambda: state[0])
+        nursery.start_soon(use.run)
+        await trio.sleep(0.2)
+        assert not hidden.circuits
+        state[0] = "private"
+        await until(lambda: bool(hidden.circuits))
+        assert hidden.circuits == [middle.addrs()[0] + CIRCUIT]
+        assert list(relay.state.holders()) == [hidden.peer_id]
+        # Too few answers are no reason to give it up; that others can connect is.
+        state[0] = "unknown"
+        await trio.sleep(2.5)
+        assert hidden.circuits
+        state[0] = "public"
+        await until(lambda: not hidden.circuits)
+        async with node() as (seeker, _):
+            with pytest.raises(PeerUnreachable):
+                await seeker.connect(f"{middle.addrs()[0]}{CIRCUIT}/p2p/{hidden.peer_id}")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_a_relay_that_refuses_is_given_up() -> None:
+    async with (
+        node(LOCAL) as (middle, _),
+        node() as (hidden, reserving),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(Relay(middle, RelayLimits(reservations=0)).run)
+        await until(lambda: HOP in middle.served)
+        await hidden.connect(middle.addrs()[0])
+        with trio.fail_after(5):
+            await reserving.keep_reserved(middle.addrs()[0], tries=2)
+        assert not hidden.circuits
+        nursery.cancel_scope.cancel()
 
 
 def test_a_model_is_pinned_through_a_relay(

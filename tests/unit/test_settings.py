@@ -119,6 +119,9 @@ def test_what_is_written_reads_back(data: st.DataObject) -> None:
             )
         case "addresses":
             value = tuple(data.draw(st.lists(st.text(st.characters(codec="utf-8"), min_size=1))))
+        case "relays":
+            some = st.lists(st.text(st.characters(codec="utf-8"), min_size=3), min_size=2).map(tuple)
+            value = data.draw(st.sampled_from(["auto", "off"]) | some)
         case "seconds":
             value = float(data.draw(st.integers(int(described.low or 0), int(described.high or 0))))
         case _:
