@@ -43,9 +43,7 @@ class _Seed:
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="A node to join the network through.")
 @click.option("--announce", multiple=True, metavar="MADDR", help="An address that others reach this node at.")
 @click.option("--relay", is_flag=True, help="Relay for nodes that nobody can dial, within bounds.")
-@click.option(
-    "--relay-via", multiple=True, metavar="MADDR", help="A relay to be reached through; auto; off."
-)
+@click.option("--relay-via", multiple=True, metavar="MADDR", help="A relay to be reached through; auto; off.")
 @click.option(
     "--compute", is_flag=False, flag_value=0.0, type=click.FloatRange(min=0), metavar="[=GB]",
     help="Lend compute too, and as much memory (default: what is free).",
