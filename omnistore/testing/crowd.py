@@ -153,7 +153,7 @@ class Crowd:
         others = [one for one in self._leechers if one is not me]
         chosen = self.rng.sample(others, min(self.model.links, len(others)))
         for server in [self._seeder, *chosen]:
-            opened = server.serving.open(me.name)
+            opened = server.serving.open(me.name, self.now)
             if opened is not None:
                 stream = _Stream(me, server, opened[0])
                 server.inbound[stream.number] = stream
@@ -264,6 +264,7 @@ class Crowd:
         client, rate = stream.client, self.model.bandwidth
         client.down_free_at = max(self.now + self.model.delay, client.down_free_at + piece / rate)
         self._at(client.down_free_at - self.now, partial(self._received, stream, number, whole))
+        stream.server.serving.was_taken(stream.number, piece, self.now)
         if whole:
             stream.server.serving.was_sent(stream.number, _MIB, self.now)
             self._work(stream.server)

@@ -235,7 +235,7 @@ class Simulation:
     def _dial(self, peer: _Peer) -> None:
         if peer.gone or peer.stream is not None or peer.name in self.session.banned or self._finished:
             return
-        opened = peer.serving.open("me")
+        opened = peer.serving.open("me", self.now)
         assert opened is not None
         peer.stream, hello = opened
         peer.epoch += 1
@@ -355,6 +355,7 @@ class Simulation:
         self._later(peer, 1.0, drop)
 
     def _sent(self, peer: _Peer, stream: int, size: int) -> None:
+        peer.serving.was_taken(stream, size, self.now)
         peer.serving.was_sent(stream, size, self.now)
         self._work(peer)
 

@@ -3,9 +3,12 @@
 Pure: no stream, store or clock. The shell (`server`) tells it what arrived and what was sent, and
 takes jobs from it. Streams take turns, one job at a time, so a requester with a thousand asks
 waits as long as one with two; but one that asks only for what others were given already lets those
-pass that ask for more. What is in memory is bounded per stream and in all, and no more is read
+pass that ask for more. What is in memory is bounded per peer and in all, and no more is read
 than will soon be sent: a requester that asks and does not read stops getting turns, and takes them
-from nobody. Implements spec/05-transfer, section "The server".
+from nobody. A peer's share of memory begins small, grows with what it takes in, and shrinks as memory
+fills; half of memory is for those that have taken something in. Where others wait for memory or for
+a place, the stream that has taken in nothing for longest is ended. Implements spec/05-transfer, section
+"The server".
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final, TypeAlias
 
-from omnistore.block import MAX_BLOCK_SIZE
+from omnistore.block import BLOCK_SIZE, MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
 from omnistore.transfer.messages import Cancel, FromRequester, Have, Hello, Missing, Want
@@ -36,7 +39,7 @@ class ServeLimits:
     queries: int = 256
     """Parts asked about and unanswered per stream."""
     ahead: int = 8 << 20
-    """Bytes read and not yet sent per stream: keeps a gigabit link busy for 60 ms."""
+    """Bytes read and not yet sent per peer: keeps a gigabit link busy for 60 ms."""
     memory: int = 64 << 20
     """Bytes read and not yet sent over all streams."""
     polls: int = 1024
@@ -51,6 +54,17 @@ class ServeLimits:
 
 
 LIMITS: Final = ServeLimits()
+BEGIN: Final = MAX_BLOCK_SIZE
+"""Bytes read ahead for a peer that has taken in nothing yet: one block."""
+PROVEN: Final = BLOCK_SIZE
+"""Bytes that a requester must take in to count as one that reads: more than what lies between us holds."""
+HESITANT: Final = 0.25
+"""Seconds in which such a one takes in no piece after which what is read for it holds up nobody else."""
+DEAF: Final = 5.0
+"""Seconds in which a requester takes in no piece after which it makes room for others that wait: at 64 KiB
+to a piece, below 13 kB/s."""
+UNUSED: Final = 10.0
+"""Seconds without an ask after which a stream makes room where there is no place for another."""
 BATCH_ROOM: Final = 4 << 20
 """Bytes worth reading ahead for each block of a turn: four at 32 MB/s."""
 
@@ -89,8 +103,14 @@ class _Line:
     """Blocks read for it so far."""
     passed: int = 0
     """Jobs given to others since its last."""
-    moved_at: float = 0.0
-    """When it last took in a block, or had none to take in."""
+    active_at: float = 0.0
+    """When it was opened, or last took something in."""
+    sending_since: float | None = None
+    """Since when a piece is being handed to the network; None while none is, or our own cap holds it."""
+    taken_in: int = 0
+    """Bytes of blocks handed to the network so far."""
+    ended: bool = False
+    """It is to be ended, and will soon be closed."""
     unanswered: int = 0
     """Asked, not yet handed to the stream: those being read included."""
     queries: deque[CID] = field(default_factory=deque)
@@ -106,6 +126,11 @@ class _Line:
     def idle(self) -> bool:
         return not self.asks and not self.queries
 
+    @property
+    def proven(self) -> bool:
+        """Whether it has shown that it reads."""
+        return self.taken_in >= PROVEN
+
 
 class Serving:
     """The queue of one server."""
@@ -115,39 +140,60 @@ class Serving:
         self.held = 0
         """Bytes read, or being read, and not yet sent."""
         self._lines: dict[int, _Line] = {}
+        self._held_by: Counter[str] = Counter()
+        """The same by peer."""
+        self._unproven = 0
+        """The same of streams that have not shown yet that they read."""
         self._turns: deque[int] = deque()
         """Streams that have something to do, whose turn it is first."""
         self._polls: Counter[CID] = Counter()
         self._outflow = Outflow(limits.memory)
         self._given = Given()
         self._count = 0
+        self._ended: list[tuple[int, str]] = []
 
     @property
     def streams(self) -> int:
         """How many are open."""
         return len(self._lines)
 
+    @property
+    def waits(self) -> bool:
+        """Whether anybody waits for something to be read: the passing of time alone may give it a turn."""
+        return any(not line.idle for line in self._lines.values())
+
     def owes(self, stream: int) -> bool:
         """Whether the stream has asked for something that it was not given yet; news it may wait for."""
         line = self._lines.get(stream)
         return line is not None and bool(line.unanswered or line.open_queries > len(line.polls) or line.held)
 
-    def open(self, peer: str) -> tuple[int, Hello] | None:
-        """Take in a stream from `peer`: its number and our hello; None when there is no room."""
+    def open(self, peer: str, now: float) -> tuple[int, Hello] | None:
+        """Take in a stream from `peer`: its number and our hello; None when there is no room.
+
+        See `ended` for whom it may have taken the place of.
+        """
         mine = sum(line.peer == peer for line in self._lines.values())
-        if len(self._lines) >= self.limits.streams or mine >= self.limits.streams_per_peer:
+        if mine >= self.limits.streams_per_peer:
+            return None
+        full = sum(not line.ended for line in self._lines.values()) >= self.limits.streams
+        if full and not self._make_place(now):
             return None
         self._count += 1
-        self._lines[self._count] = _Line(peer)
+        self._lines[self._count] = _Line(peer, active_at=now)
         return self._count, Hello(self.limits.asks, self.limits.queries)
 
     def close(self, stream: int) -> None:
         """The stream is gone; what it held in memory is freed, what is being read for it is ignored."""
         line = self._lines.pop(stream, None)
         if line is not None:
-            self.held -= line.held
+            self._hold(line, -line.held)
             for part in line.polls:
                 self._unpoll(part)
+
+    def ended(self) -> list[tuple[int, str]]:
+        """Streams to end now, each once, and why: others need their room. Look after `open` and `next`."""
+        found, self._ended = self._ended, []
+        return found
 
     def receive_untrusted(self, stream: int, message: FromRequester) -> Missing | None:
         """Take in a message; what to answer at once. Raises `RemoteProtocolError`: end the stream."""
@@ -174,6 +220,7 @@ class Serving:
         room = self._room(now)
         best: tuple[int, int] | None = None
         passed: list[_Line] = []
+        self._make_room(now)
         for stream in tuple(self._turns):
             line = self._lines.get(stream)
             if line is None or line.idle:
@@ -181,7 +228,7 @@ class Serving:
             elif line.queries:
                 self._rotate(stream)
                 return FindHeld(stream, line.queries.popleft())
-            elif self._reads(line, now) and min(room, self.limits.ahead - line.held) >= MAX_BLOCK_SIZE:
+            elif self._reads(line, now) and min(room, self._share(line)) >= MAX_BLOCK_SIZE:
                 rank = self._rank(line)
                 if best is None or rank < best[0]:
                     best = (rank, stream)
@@ -202,12 +249,27 @@ class Serving:
             if size is None:
                 line.unanswered -= 1
 
+    def sends(self, stream: int, now: float) -> None:
+        """A piece of a block is being handed to the network."""
+        line = self._lines.get(stream)
+        if line is not None:
+            line.sending_since = now
+
+    def was_taken(self, stream: int, size: int, now: float) -> None:
+        """A piece of `size` bytes was handed to the network."""
+        line = self._lines.get(stream)
+        if line is not None:
+            line.sending_since, line.active_at = None, now
+            unproven = not line.proven
+            line.taken_in += size
+            if unproven and line.proven:
+                self._unproven -= line.held
+
     def was_sent(self, stream: int, size: int, now: float) -> None:
-        """A block of `size` bytes was handed to the network."""
+        """All of a block of `size` bytes was handed to the network."""
         self._outflow.sent(size, now)
         line = self._lines.get(stream)
         if line is not None:
-            line.moved_at = now
             self._hold(line, -size)
             line.unanswered -= 1
 
@@ -257,7 +319,58 @@ class Serving:
 
     def _reads(self, line: _Line, now: float) -> bool:
         """Whether the requester takes in what it asked for."""
-        return not line.held or now - line.moved_at <= self._outflow.stuck
+        return not line.ended and self._deaf_for(line, now) <= (
+            self._outflow.stuck if line.proven else HESITANT
+        )
+
+    def _deaf_for(self, line: _Line, now: float) -> float:
+        """Seconds for which it has been taking in one piece."""
+        return 0.0 if line.sending_since is None else now - line.sending_since
+
+    def _share(self, line: _Line) -> int:
+        """Bytes that may be read for the stream now, as far as its peer is concerned."""
+        most = min(self.limits.ahead, BEGIN + line.taken_in, (self.limits.memory - self.held) // 2)
+        share = max(MAX_BLOCK_SIZE, most) - self._held_by[line.peer]
+        return share if line.proven else min(share, self.limits.memory // 2 - self._unproven)
+
+    def _make_room(self, now: float) -> None:
+        """Where somebody waits for memory, end the stream that is deaf for longest; one at a time."""
+        full = self.limits.memory - self.held < MAX_BLOCK_SIZE
+        half_full = self.limits.memory // 2 - self._unproven < MAX_BLOCK_SIZE
+        lines = self._lines.values()
+        if not (full or half_full) or any(line.ended and line.held for line in lines):
+            return
+        waiting = any(
+            not (line.idle or line.held) and self._reads(line, now) and (full or not line.proven)
+            for line in lines
+        )
+        deaf = [
+            (self._deaf_for(line, now), stream)
+            for stream, line in self._lines.items()
+            if full or not line.proven
+        ]
+        longest, stream = max(deaf)
+        if waiting and longest >= DEAF:
+            self._end(stream, f"asked and then took in nothing for {longest:.0f} s, while others waited")
+
+    def _make_place(self, now: float) -> bool:
+        """End a stream that nobody misses, those first that never took anything in; whether there was one."""
+        found = [
+            (line.proven, line.active_at, stream)
+            for stream, line in self._lines.items()
+            if not line.ended
+            and (
+                self._deaf_for(line, now) >= DEAF
+                or (not self.owes(stream) and now - line.active_at >= UNUSED)
+            )
+        ]
+        if found:
+            self._end(min(found)[2], "made room for others: it asked for nothing, or took in nothing")
+        return bool(found)
+
+    def _end(self, stream: int, reason: str) -> None:
+        self._lines[stream].ended = True
+        self._ended.append((stream, reason))
 
     def _rank(self, line: _Line) -> int:
         """How often the least given of its blocks was given; 0 when it let others pass for long enough."""
@@ -279,13 +392,11 @@ class Serving:
 
     def _read(self, stream: int, room: int, now: float) -> ReadBlocks:
         line = self._lines[stream]
-        free = min(room, self.limits.ahead - line.held)
+        free = min(room, self._share(line))
         # A slow server decides block by block; a fast one saves hops.
         count = min(self.limits.batch, free // MAX_BLOCK_SIZE, max(1, self._outflow.room // BATCH_ROOM))
         if not self.held:
             self._outflow.began(now)
-        if not line.held:
-            line.moved_at = now
         times = self._least(line)
         asks: list[tuple[int, CID]] = []
         while len(asks) < count and line.asks and self._least(line) == times:
@@ -329,6 +440,11 @@ class Serving:
     def _hold(self, line: _Line, size: int) -> None:
         line.held += size
         self.held += size
+        self._held_by[line.peer] += size
+        if not self._held_by[line.peer]:
+            del self._held_by[line.peer]
+        if not line.proven:
+            self._unproven += size
 
     def _line(self, stream: int) -> _Line:
         line = self._lines.get(stream)

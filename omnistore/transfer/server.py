@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from omnistore.block import Block
+from omnistore.block import BLOCK_SIZE, Block
 from omnistore.cid import CID
 from omnistore.errors import (
     BlockMissing,
@@ -53,6 +53,12 @@ READERS: Final = 2
 """Threads that read and hash: one core's worth each, 3 GB/s."""
 PIECE: Final = (1 << 20) + 4096
 """Bytes handed to the network under one deadline: a block with its head. Every hand-over costs."""
+SLOW_PIECE: Final = 64 << 10
+"""The same for a requester that is slow, or not known yet: what it takes in is seen as it does."""
+SLOW: Final = 0.5
+"""Seconds for one block after which a requester counts as slow."""
+LOOK_AGAIN: Final = 0.1
+"""Seconds between two looks for a turn while somebody waits for one."""
 SEND_PATIENCE: Final = 120.0
 """Seconds for a requester to take in one piece: below 9 kB/s it is not reading."""
 NEWS_EVERY: Final = 0.5
@@ -95,6 +101,9 @@ class _Outlet:
     send: trio.MemorySendChannel[FromServer]
     receive: trio.MemoryReceiveChannel[FromServer]
     active_at: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Of the whole stream."""
+    slow: bool = True
     blocks: int = 0
     bytes: int = 0
     reason: str | None = None
@@ -132,7 +141,8 @@ class _Server:
 
     async def stream(self, stream: Stream) -> None:
         """Serve one inbound stream to its end."""
-        opened = self.serving.open(stream.peer)
+        opened = self.serving.open(stream.peer, trio.current_time())
+        self._end_ended()
         if opened is None:
             with trio.move_on_after(LAST_WORDS):
                 await stream.send_all(encode(Error("busy", "too many streams; come back later")))
@@ -144,6 +154,7 @@ class _Server:
         outlet.send.send_nowait(hello)
         try:
             async with trio.open_nursery() as nursery:
+                outlet.scope = nursery.cancel_scope
                 nursery.start_soon(self._send, stream, number, outlet, nursery.cancel_scope)
                 nursery.start_soon(self._watch, number, outlet, nursery.cancel_scope)
                 await self._receive(stream, number, outlet)
@@ -159,6 +170,14 @@ class _Server:
             self.lot.unpark_all()
             self.events(Served(stream.peer, outlet.blocks, outlet.bytes, outlet.reason))
             await (stream.aclose() if outlet.reason is None else stream.reset())
+
+    def _end_ended(self) -> None:
+        """End the streams that make room for others."""
+        for number, reason in self.serving.ended():
+            outlet = self.outlets.get(number)
+            if outlet is not None:
+                outlet.reason = outlet.reason or reason
+                outlet.scope.cancel()
 
     async def _receive(self, stream: Stream, number: int, outlet: _Outlet) -> None:
         """Take in what the requester says until it ends or breaks the protocol."""
@@ -188,7 +207,7 @@ class _Server:
         """Send what is due, each piece within its deadline."""
         try:
             async for message in outlet.receive:
-                await self._send_one(stream, message)
+                await self._send_one(stream, number, outlet, message)
                 outlet.active_at = trio.current_time()
                 if isinstance(message, Deliver):
                     size = len(message.data)
@@ -203,23 +222,28 @@ class _Server:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
         scope.cancel()
 
-    async def _send_one(self, stream: Stream, message: FromServer) -> None:
+    async def _send_one(self, stream: Stream, number: int, outlet: _Outlet, message: FromServer) -> None:
         head = encode(message)
         if not isinstance(message, Deliver):
             with trio.fail_after(SEND_PATIENCE):
                 await stream.send_all(head)
             return
-        # The head rides with the first piece of the payload: a frame, and a hand-over, less.
         data = memoryview(message.data)
-        piece = self.pacer.piece(PIECE)
-        first = min(len(data), piece)
-        await self.pacer.passes(stream.peer, first)
-        with trio.fail_after(SEND_PATIENCE):
-            await stream.send_all(head + data[:first])
-        for start in range(first, len(data), piece):
-            await self.pacer.passes(stream.peer, min(piece, len(data) - start))
+        piece = self.pacer.piece(SLOW_PIECE if outlet.slow else PIECE)
+        spent = 0.0
+        for start in range(0, max(1, len(data)), piece):
+            part = data[start : start + piece]
+            await self.pacer.passes(stream.peer, len(part))
+            began = trio.current_time()
+            self.serving.sends(number, began)
             with trio.fail_after(SEND_PATIENCE):
-                await stream.send_all(data[start : start + piece])
+                # The head rides with the first piece of the payload: a frame, and a hand-over, less.
+                await stream.send_all(part if start else head + part)
+            self.serving.was_taken(number, len(part), trio.current_time())
+            spent += trio.current_time() - began
+        if len(data) >= BLOCK_SIZE // 2:
+            # Less than that may lie in buffers between us, whether or not it is read.
+            outlet.slow = spent * BLOCK_SIZE > SLOW * len(data)
 
     async def _watch(self, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
         """End the stream when nothing has been asked for long."""
@@ -237,8 +261,11 @@ class _Server:
         """Do jobs, in the turns that `serving` gives, for ever."""
         while True:
             job = self.serving.next(trio.current_time())
+            self._end_ended()
             if job is None:
-                await self.lot.park()
+                # Those who stopped reading make room for others with time, without an event of theirs.
+                with trio.move_on_after(LOOK_AGAIN if self.serving.waits else math.inf):
+                    await self.lot.park()
             elif isinstance(job, ReadBlocks):
                 await self._read(job)
             else:
@@ -275,8 +302,6 @@ class _Server:
         pause = NEWS_EVERY
         while True:
             await trio.sleep(pause)
-            # Those who stopped reading make room for others with time, without an event of theirs.
-            self.lot.unpark_all()
             started = trio.current_time()
             for part in self.serving.polled:
                 bitmap = await trio.to_thread.run_sync(_held_of, self.store, part, limiter=self.threads)

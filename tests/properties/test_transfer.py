@@ -128,7 +128,7 @@ def test_a_requester_survives_any_server(
 @given(st.lists(from_requester, max_size=10))
 def test_a_server_survives_any_requester(messages: list[Want | Cancel | Have]) -> None:
     serving = Serving()
-    opened = serving.open("p")
+    opened = serving.open("p", 0.0)
     assert opened is not None
     try:
         for message in messages:

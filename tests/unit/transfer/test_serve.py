@@ -23,9 +23,47 @@ def cids(start: int, count: int) -> tuple[CID, ...]:
 
 
 def opened(serving: Serving, peer: str = "p") -> int:
-    found = serving.open(peer)
+    found = serving.open(peer, 0.0)
     assert found is not None
     return found[0]
+
+
+def sent(serving: Serving, stream: int, size: int, now: float) -> None:
+    """A block is handed to the network, in no time."""
+    serving.sends(stream, now)
+    serving.was_taken(stream, size, now)
+    serving.was_sent(stream, size, now)
+
+
+def beset(serving: Serving, count: int, now: float = 0.0) -> list[int]:
+    """Streams of as many peers that ask for much and take in nothing."""
+    deaf = [opened(serving, f"deaf{n}") for n in range(count)]
+    for number, stream in enumerate(deaf):
+        serving.receive_untrusted(stream, Want(0, cids(10_000 + 100 * number, 50)))
+    read_all(serving, now)
+    return deaf
+
+
+def read_all(serving: Serving, now: float, reads: int | None = None, most: int = 1000) -> list[int]:
+    """Read what there is to read; who took in what: only `reads`."""
+    jobs: list[int] = []
+    while len(jobs) < most and (job := serving.next(now)) is not None:
+        jobs.append(job.stream)
+        assert isinstance(job, ReadBlocks)
+        for _ in job.asks:
+            serving.was_read(job.stream, MIB)
+            if job.stream == reads:
+                sent(serving, reads, MIB, now)
+            elif serving._lines[job.stream].sending_since is None:
+                serving.sends(job.stream, now)
+    return jobs
+
+
+def proven(serving: Serving, peer: str = "p") -> int:
+    """A stream that has taken in much."""
+    stream = opened(serving, peer)
+    serving.was_taken(stream, 64 * MIB, 0.0)
+    return stream
 
 
 def asks_of(serving: Serving) -> list[tuple[int, list[int]]]:
@@ -45,17 +83,17 @@ def all_sent(serving: Serving, most: int = 1000) -> list[tuple[int, list[int]]]:
         jobs.append((job.stream, [ask for ask, _ in job.asks]))
         for _ in job.asks:
             serving.was_read(job.stream, MIB)
-            serving.was_sent(job.stream, MIB, 0.0)
+            sent(serving, job.stream, MIB, 0.0)
     return jobs
 
 
 def test_the_hello_says_the_limits() -> None:
-    assert Serving(ServeLimits(asks=7, queries=3)).open("p") == (1, Hello(7, 3))
+    assert Serving(ServeLimits(asks=7, queries=3)).open("p", 0.0) == (1, Hello(7, 3))
 
 
 def test_streams_take_turns() -> None:
     serving = Serving(ServeLimits(batch=2, ahead=100 * MIB, memory=100 * MIB))
-    greedy, modest = opened(serving), opened(serving, "q")
+    greedy, modest = proven(serving), proven(serving, "q")
     serving.receive_untrusted(greedy, Want(0, cids(0, 6)))
     serving.receive_untrusted(modest, Want(0, cids(10, 3)))
     assert all_sent(serving) == [
@@ -114,7 +152,7 @@ def test_no_more_is_read_than_leaves_in_half_a_second() -> None:
                 serving.was_read(job.stream, MIB)
                 sending.append(job.stream)
         now += 0.2
-        serving.was_sent(sending.popleft(), MIB, now)
+        sent(serving, sending.popleft(), MIB, now)
     # 5 MB/s: the least that keeps a link busy.
     assert serving.held <= 4 * MIB
     assert serving.held == len(sending) * MIB
@@ -122,26 +160,115 @@ def test_no_more_is_read_than_leaves_in_half_a_second() -> None:
 
 def test_those_who_read_nothing_take_no_turns_from_others() -> None:
     serving = Serving(ServeLimits(batch=1))
-    deaf = [opened(serving, f"p{n}") for n in range(7)]
-    for number, stream in enumerate(deaf):
-        serving.receive_untrusted(stream, Want(0, cids(100 * number, 50)))
-    while (job := serving.next(0.0)) is not None:
-        serving.was_read(job.stream, MIB)
+    beset(serving, 7)
     keen = opened(serving, "keen")
     serving.receive_untrusted(keen, Want(0, cids(5000, 5)))
     assert serving.next(0.1) is None
-    jobs = []
-    while (job := serving.next(6.0)) is not None:
-        jobs.append(job.stream)
-        serving.was_read(job.stream, MIB)
-        if job.stream == keen:
-            serving.was_sent(keen, MIB, 6.0)
-    assert jobs.count(keen) == 5
+    assert read_all(serving, 6.0, keen).count(keen) == 5
+    assert serving.ended() == [], "there is memory for all"
+
+
+def test_whoever_took_in_nothing_yet_has_one_block_read_ahead_and_more_as_it_takes_them_in() -> None:
+    serving = Serving(ServeLimits(batch=1))
+    stream = opened(serving)
+    serving.receive_untrusted(stream, Want(0, cids(0, 500)))
+    ahead = []
+    for _ in range(9):
+        read_all(serving, 0.0)
+        ahead.append(serving.held // MIB)
+        sent(serving, stream, MIB, 0.0)
+        # As fast as to be worth reading ahead for.
+        serving._outflow.sent(100 * MIB, 1.0)
+    assert ahead == [1, 2, 3, 4, 5, 6, 7, 7, 7]
+    other = opened(serving)
+    serving.receive_untrusted(other, Want(0, cids(1000, 500)))
+    read_all(serving, 0.0)
+    assert serving.held <= serving.limits.ahead, "the share is the peer's, not the stream's"
+
+
+def test_shares_shrink_as_memory_fills() -> None:
+    serving = Serving(ServeLimits(batch=1))
+    serving._outflow.sent(1000 * MIB, 1.0)
+    held = []
+    for number in range(40):
+        stream = proven(serving, f"p{number}")
+        serving.receive_untrusted(stream, Want(0, cids(100 * number, 50)))
+        before = serving.held
+        read_all(serving, 0.0)
+        held.append((serving.held - before) // MIB)
+    assert held[:5] == [7, 7, 7, 7, 7]
+    assert held == sorted(held, reverse=True)
+    assert len([count for count in held if count]) > 12
+    assert serving.limits.memory - 3 * MIB < serving.held <= serving.limits.memory
+
+
+def test_half_of_memory_is_for_those_that_have_shown_that_they_read() -> None:
+    serving = Serving()
+    serving._outflow.sent(1000 * MIB, 1.0)
+    keen = opened(serving, "keen")
+    serving.was_taken(keen, MIB, 0.0)
+    beset(serving, 60)
+    assert 30 * MIB <= serving.held <= 32 * MIB
+    serving.receive_untrusted(keen, Want(0, cids(0, 100)))
+    read_all(serving, 0.0, keen)
+    assert not serving.owes(keen)
+
+
+def test_where_others_wait_for_memory_the_deafest_is_ended() -> None:
+    serving = Serving()
+    serving._outflow.sent(1000 * MIB, 1.0)
+    deaf = beset(serving, 40)
+    late = opened(serving, "late")
+    serving.receive_untrusted(late, Want(0, cids(0, 3)))
+    for stream in deaf[1:]:
+        serving.sends(stream, 1.0)
+    assert late not in read_all(serving, 4.0)
+    assert serving.ended() == []
+    assert serving.next(5.5) is None
+    assert serving.ended() == [(deaf[0], "asked and then took in nothing for 6 s, while others waited")]
+    assert serving.next(5.5) is None, "one at a time: what it held is not free yet"
+    assert serving.ended() == []
+    serving.close(deaf[0])
+    for now in range(6, 60):
+        read_all(serving, now, late)
+        for stream, _ in serving.ended():
+            serving.close(stream)
+        if not serving.owes(late):
+            break
+    assert not serving.owes(late)
+    assert now < 12
+
+
+def test_nobody_is_ended_where_nobody_waits() -> None:
+    serving = Serving()
+    serving._outflow.sent(1000 * MIB, 1.0)
+    beset(serving, 31)
+    assert serving.held >= serving.limits.memory // 2 - MIB
+    for now in range(100):
+        assert serving.next(float(now)) is None
+    assert serving.ended() == []
+
+
+def test_slow_is_not_deaf() -> None:
+    """Each piece counts; and while our own cap holds a piece, nothing does."""
+    serving = Serving(ServeLimits(memory=8 * MIB))
+    slow, capped, late = (opened(serving, name) for name in ("slow", "capped", "late"))
+    for number, stream in enumerate((slow, capped, late)):
+        serving.receive_untrusted(stream, Want(0, cids(100 * number, 20)))
+    for stream in (slow, capped):
+        serving._lines[stream].taken_in = 64 * MIB
+    read_all(serving, 0.0, late)
+    for now in range(100):
+        serving.sends(slow, float(now))
+        serving.next(now + 4.0)
+        serving.was_taken(slow, 1000, now + 4.0)
+        serving.was_taken(capped, 1000, now - 1000.0)
+    assert serving.ended() == []
 
 
 def test_a_requester_that_does_not_read_stops_getting_turns() -> None:
     serving = Serving(ServeLimits(batch=4, ahead=4 * MIB, memory=64 * MIB))
-    deaf, keen = opened(serving), opened(serving, "q")
+    deaf, keen = proven(serving), proven(serving, "q")
     serving.receive_untrusted(deaf, Want(0, cids(0, 100)))
     assert asks_of(serving) == [(deaf, [0, 1])]
     serving.was_read(deaf, MIB)
@@ -149,7 +276,7 @@ def test_a_requester_that_does_not_read_stops_getting_turns() -> None:
     assert asks_of(serving) == [(deaf, [2])]
     serving.receive_untrusted(keen, Want(0, cids(0, 2)))
     assert asks_of(serving) == [(keen, [0, 1])]
-    serving.was_sent(deaf, MIB, 0.0)
+    sent(serving, deaf, MIB, 0.0)
     serving.was_read(deaf, MIB)
     assert asks_of(serving) == [(deaf, [3])]
 
@@ -157,6 +284,8 @@ def test_a_requester_that_does_not_read_stops_getting_turns() -> None:
 def test_memory_is_bounded_over_all_streams() -> None:
     serving = Serving(ServeLimits(batch=1, ahead=4 * MIB, memory=6 * MIB))
     streams = [opened(serving, f"p{n}") for n in range(5)]
+    for stream in streams:
+        serving.was_taken(stream, MIB, 0.0)
     for number, stream in enumerate(streams):
         serving.receive_untrusted(stream, Want(0, cids(10 * number, 5)))
     assert [stream for stream, _ in asks_of(serving)] == streams[:3]
@@ -175,7 +304,7 @@ def test_memory_is_whole_again_when_all_is_sent() -> None:
         for ask, _ in job.asks:
             serving.was_read(stream, None if ask % 3 else 1000)
             if ask % 3 == 0:
-                serving.was_sent(stream, 1000, 0.0)
+                sent(serving, stream, 1000, 0.0)
     assert serving.held == 0
     assert not serving.owes(stream)
 
@@ -192,7 +321,7 @@ def test_cancelled_asks_are_missing_once() -> None:
     # Ask 0 is being read: it will be sent. The others are answered now.
     assert serving.receive_untrusted(stream, Cancel((0, 2, 3))) == Missing((2, 3))
     serving.was_read(stream, MIB)
-    serving.was_sent(stream, MIB, 0.0)
+    sent(serving, stream, MIB, 0.0)
     assert asks_of(serving) == [(stream, [1])]
 
 
@@ -268,7 +397,7 @@ def test_a_greedy_requester_does_not_starve_a_modest_one() -> None:
             assert isinstance(job, ReadBlocks)
             for _ in job.asks:
                 serving.was_read(job.stream, MIB)
-                serving.was_sent(job.stream, MIB, 0.0)
+                sent(serving, job.stream, MIB, 0.0)
                 read[job.stream] += 1
             if job.stream == modest:
                 break
@@ -314,14 +443,41 @@ def test_answered_asks_make_room_for_more() -> None:
 def test_streams_are_bounded_per_peer_and_in_all() -> None:
     serving = Serving(ServeLimits(streams=5, streams_per_peer=2))
     first = opened(serving, "a")
-    assert serving.open("a") is not None
-    assert serving.open("a") is None
-    assert serving.open("b") is not None
+    assert serving.open("a", 0.0) is not None
+    assert serving.open("a", 0.0) is None
+    assert serving.open("b", 0.0) is not None
     serving.close(first)
-    assert serving.open("a") is not None
-    assert serving.open("c") is not None
-    assert serving.open("d") is not None
-    assert serving.open("e") is None
+    assert serving.open("a", 0.0) is not None
+    assert serving.open("c", 0.0) is not None
+    assert serving.open("d", 0.0) is not None
+    assert serving.open("e", 0.0) is None
+
+
+def test_a_full_house_makes_place_by_those_that_nobody_misses() -> None:
+    serving = Serving(ServeLimits(streams=4))
+    fetching, waiting = proven(serving, "fetching"), proven(serving, "waiting")
+    mute, deaf = opened(serving, "mute"), opened(serving, "deaf")
+    for stream, number in ((fetching, 0), (waiting, 100), (deaf, 200)):
+        serving.receive_untrusted(stream, Want(0, cids(number, 2)))
+    serving._outflow.sent(1000 * MIB, 1.0)
+    while (job := serving.next(0.0)) is not None:
+        assert isinstance(job, ReadBlocks)
+        for _ in job.asks:
+            serving.was_read(job.stream, MIB)
+    sent(serving, waiting, MIB, 1.0)
+    sent(serving, waiting, MIB, 1.0)
+    serving.sends(deaf, 1.0)
+    sent(serving, fetching, MIB, 2.0)
+    assert serving.open("new", 3.0) is None, "everybody may still be of use"
+    places = []
+    for now in (11.0, 12.0, 13.0, 14.0):
+        serving.open(f"new at {now}", now)
+        places += [stream for stream, _ in serving.ended()]
+        for stream in places:
+            serving.close(stream)
+    assert places == [mute, deaf, waiting]
+    assert serving.streams == 4
+    assert serving.owes(fetching)
 
 
 def test_a_stream_closed_in_mid_job_is_forgotten() -> None:
@@ -331,7 +487,7 @@ def test_a_stream_closed_in_mid_job_is_forgotten() -> None:
     assert serving.next(0.0) is not None
     serving.close(stream)
     serving.was_read(stream, MIB)
-    serving.was_sent(stream, MIB, 0.0)
+    sent(serving, stream, MIB, 0.0)
     serving.was_found(stream, PART, None)
     assert serving.held == 0
     assert serving.next(0.0) is None
