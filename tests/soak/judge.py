@@ -19,6 +19,12 @@ WARM_UP: Final = 0.25
 """Share of the time after which a leak would show: caches are full by then."""
 BURST: Final = 1.3
 """What a cap lets through over ten seconds or more, as a share: a burst after a pause, and messages."""
+PRESSED: Final = 0.8
+"""Share of a cap that must have been reached, or the cap was not tried."""
+SERVING: Final = 64 * 1.05 + 96
+"""Megabytes that a beset seed may take: 64 MiB of blocks, and what its connections have under way."""
+COMMAND_MEMORY: Final = 260.0
+"""Megabytes for one command: blocks on their way, and the program."""
 LEFT_OVER: Final = 12
 """Tasks that a seed may have more than when nobody had come yet, but for those of its connections."""
 _FAULTY_LEVELS: Final = ("error", "critical")
@@ -41,6 +47,7 @@ async def check_end(soak: Soak) -> None:
     check_logs(soak)
     check_offenders(soak)
     check_caps(soak)
+    check_memory(soak)
 
 
 def seeds(soak: Soak) -> list[Node]:
@@ -98,18 +105,40 @@ def check_offenders(soak: Soak) -> None:
 
 
 def check_caps(soak: Soak) -> None:
-    """No capped seed sent more than its cap over any two looks ten seconds or more apart."""
-    from tests.soak.soak import CAPS
+    """Over any two looks ten seconds or more apart: none beyond its cap, and each pressed against it."""
+    from tests.soak.soak import CAPS, KEEPER_DOWN
 
-    for name, cap in CAPS.items():
+    for name, quantity, cap in (
+        *((name, "sent", cap) for name, cap in CAPS.items()),
+        ("keeper", "received", KEEPER_DOWN),
+    ):
         samples = soak.watched[name].samples
         fastest = max(
-            ((b.sent - a.sent) / (b.at - a.at) for a, b in zip(samples, samples[2:], strict=False)),
+            (
+                (getattr(b, quantity) - getattr(a, quantity)) / (b.at - a.at)
+                for a, b in zip(samples, samples[2:], strict=False)
+            ),
             default=0.0,
         )
-        soak.counts[f"{name}: most kB/s"] = int(fastest / 1000)
+        soak.counts[f"{name}: most kB/s {quantity}"] = int(fastest / 1000)
         if fastest > BURST * cap:
-            soak.fault(f"{name} sent {fastest / 1e6:.1f} MB/s, and its cap is {cap / 1e6:.0f}")
+            soak.fault(f"{name} {quantity} {fastest / 1e6:.1f} MB/s, and its cap is {cap / 1e6:.0f}")
+        if fastest < PRESSED * cap:
+            soak.fault(f"{name} {quantity} {fastest / 1e6:.1f} MB/s at most: its cap was never tried")
+
+
+def check_memory(soak: Soak) -> None:
+    """The seed that the deaf beset stays within what it may have in memory for others; so does every pin."""
+    samples = soak.watched["plain"].samples
+    most = max(one.rss_mb for one in samples)
+    soak.counts["plain: most MB beside its first"] = int(most - samples[0].rss_mb)
+    if most - samples[0].rss_mb > SERVING:
+        soak.fault(f"plain took {most - samples[0].rss_mb:.0f} MB more than at its start")
+    usage = soak.root / "usage"
+    pins = [int(line) / 1e6 for line in usage.read_text().split()] if usage.exists() else [0.0]
+    soak.counts["most MB of a command"] = int(max(pins))
+    if max(pins) > COMMAND_MEMORY:
+        soak.fault(f"a command took {max(pins):.0f} MB")
 
 
 def verdict(soak: Soak) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Sample:
     sent: float
     """Bytes of the transfer protocol since its start."""
     cpu: float
+    received: float = 0.0
+    """The same, received."""
 
 
 @dataclass
@@ -66,6 +68,7 @@ async def sample(home: Path, pid: int, at: float) -> tuple[Sample, str | None]:
             values["omni_tasks"],
             values["omni_transfer_sent_bytes_total"],
             values["process_cpu_seconds_total"],
+            values["omni_transfer_received_bytes_total"],
         ),
         wrong,
     )

@@ -14,11 +14,15 @@ from typing import Any, Final
 
 import trio
 
-CLI: Final = (sys.executable, "-m", "omnistore.cli.main")
+CLI: Final = (sys.executable, str(Path(__file__).resolve().parent / "watched.py"))
 READY: Final = 60.0
 """Seconds for a node to listen, on a machine that does other work."""
 COMMAND: Final = 300.0
 """Seconds for one command; the slowest fetches from seeds that are stopped."""
+LAST_WORDS: Final = 3.0
+"""Seconds for a stuck process to write where it is."""
+TAIL: Final = 200_000
+"""Characters kept of what a command that failed said."""
 
 
 def environ(home: Path) -> dict[str, str]:
@@ -86,6 +90,12 @@ class Node:
         assert self.process is not None
         self.process.send_signal(number)
 
+    async def tell_where(self) -> None:
+        """Have one that is stuck write to its log where it is."""
+        if tuple(self.command[: len(CLI)]) == CLI:
+            self.signal(signal.SIGUSR1)
+            await trio.sleep(LAST_WORDS)
+
     async def kill(self) -> None:
         """As a power cut would."""
         self.stopping = True
@@ -100,6 +110,7 @@ class Node:
         self.signal(signal.SIGTERM)
         with trio.move_on_after(15):
             return await self.process.wait()
+        await self.tell_where()
         self.process.kill()
         await self.process.wait()
         return -1
@@ -117,18 +128,25 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 class Result:
     """What a command did."""
 
+    args: Sequence[object]
     code: int
     out: str
     err: str
     last: Mapping[str, Any] = field(default_factory=dict)
     """The last JSON document that it printed."""
 
+    def keep(self, path: Path) -> None:
+        """Write what it said to `path`, with where it was if it was stuck."""
+        head = f"{self.args}\nexit code {self.code}\n"
+        said = f"{head}--- stdout\n{self.out[-TAIL:]}\n--- stderr\n{self.err[-TAIL:]}\n"
+        path.write_text(said, encoding="utf-8", errors="replace")
+
 
 async def omni(home: Path, *args: object, kill_after: float | None = None) -> Result:
     """One command, killed after so many seconds if asked; 124 when it takes longer than any should."""
     process = await trio.lowlevel.open_process(
         [*CLI, *map(str, args)],
-        env=environ(home),
+        env={**environ(home), "SOAK_USAGE": str(home.parent / "usage")},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -149,6 +167,9 @@ async def omni(home: Path, *args: object, kill_after: float | None = None) -> Re
             with trio.move_on_after(limit) as scope:
                 await process.wait()
             if scope.cancelled_caught:
+                if kill_after is None:
+                    process.send_signal(signal.SIGUSR1)
+                    await trio.sleep(LAST_WORDS)
                 process.kill()
                 await process.wait()
     finally:
@@ -160,4 +181,4 @@ async def omni(home: Path, *args: object, kill_after: float | None = None) -> Re
     documents = [event for line in out.splitlines() if (event := _parsed(line.encode())) is not None]
     code = 124 if scope.cancelled_caught else process.returncode
     assert code is not None
-    return Result(code, out, parts.get("err", b"").decode(), documents[-1] if documents else {})
+    return Result(args, code, out, parts.get("err", b"").decode(), documents[-1] if documents else {})
