@@ -10,6 +10,7 @@ import fcntl
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from typing import Final
 from omnistore.config import sync_directory
 from omnistore.errors import InputError, StoreError, StoreFull, StoreLocked
 
+BRIEFLY: Final = 30.0
+"""Seconds that somebody waits for a brief holder of a lock: deleting a file of 40 GB takes some."""
+_BRIEF: Final = " briefly"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FICLONE: Final = 0x40049409
 """Linux: share another file's extents (btrfs, XFS, bcachefs)."""
@@ -133,22 +137,31 @@ def allocated(path: Path) -> int:
 class FileLock:
     """A lock between processes (and within one) that dies with its holder."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        """Take the lock at once. Raises `StoreLocked`, naming the process that holds it."""
+    def __init__(self, path: Path, what: str, *, brief: bool = False, wait: bool = False) -> None:
+        """Take the lock. Raises `StoreLocked`, naming the process that holds it.
+
+        `brief`: it will be held for no longer than some files take to be deleted. `wait`: for such a holder.
+        """
         with reported(path, "locked"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-            os.close(fd)
-            raise StoreLocked(
-                f"{what} is in use by process {holder or '(unknown)'}",
-                remedy="Wait for it to end, or end it, and try again.",
-            ) from None
+        until = time.monotonic() + (BRIEFLY if wait else 0.0)
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                holder = os.pread(fd, 40, 0).decode("ascii", "replace").strip()
+            # Nothing is written there yet when it was taken only now.
+            if time.monotonic() >= until or (holder and not holder.endswith(_BRIEF)):
+                os.close(fd)
+                raise StoreLocked(
+                    f"{what} is in use by process {holder.removesuffix(_BRIEF) or '(unknown)'}",
+                    remedy="Wait for it to end, or end it, and try again.",
+                )
+            time.sleep(0.02)
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"{os.getpid()}{_BRIEF if brief else ''}\n".encode(), 0)
         self._path = path
         self._fd: int | None = fd
 

@@ -54,9 +54,10 @@ class FileStore:
         """Where files of ours are, one directory for each manifest."""
         return self.config.home / "models"
 
-    def lock_model(self, manifest: CID, name: str) -> FileLock:
+    def lock_model(self, manifest: CID, name: str, *, brief: bool = False, wait: bool = False) -> FileLock:
         """Keep others from writing this model's files. Raises `StoreLocked`."""
-        return FileLock(self.config.home / "locks" / f"{manifest}.lock", f"model {name}")
+        path = self.config.home / "locks" / f"{manifest}.lock"
+        return FileLock(path, f"model {name}", brief=brief, wait=wait)
 
     def has(self, cid: CID) -> bool:
         find = self.index.has_node if cid.codec == DAG_CBOR else self.index.has_block
@@ -146,9 +147,12 @@ class FileStore:
     def assemble(
         self, model: Model, placements: Sequence[Placement], parts: Collection[PartKey]
     ) -> FileAssembly:
-        lock = self.lock_model(model.manifest_cid, model.manifest.name)
+        # Whoever sweeps looks at every model for a moment: no reason to refuse.
+        lock = self.lock_model(model.manifest_cid, model.manifest.name, wait=True)
         try:
             with self.index.writing() as writer:
+                # Nobody else can write now: what is there stays until its model keeps it.
+                self._check_nodes(model)
                 row = self.register(writer, model, parts)
             assembly = FileAssembly(self, lock, model, row, placements, parts)
             with self.index.writing(power_safe=False) as writer:
@@ -157,6 +161,13 @@ class FileStore:
         except BaseException:
             lock.release()
             raise
+
+    def _check_nodes(self, model: Model) -> None:
+        refs = (ref.cid for ref in model.manifest.parts if ref.key in model.parts)
+        nodes = {cid.digest for cid in (model.cid, model.manifest_cid, *refs)}
+        lacking = len(nodes) - len(self.index.held_nodes(nodes))
+        if lacking:
+            raise BlockMissing(f"{lacking} nodes of {model.manifest.name} are not here: put them first")
 
     def register(self, writer: Writer, model: Model, pins: Collection[PartKey]) -> int:
         """Know a model and the links of its held parts, and pin `pins`; the model's row."""

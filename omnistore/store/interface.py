@@ -172,7 +172,8 @@ class Store(Protocol):
 
         The model's nodes must have been `put_node`. Pinned at once, so that no garbage collection takes
         what is being fetched; blocks held under other models are copied in at once. Raises
-        `StoreLocked` when the same model is being assembled already, `StoreFull` when the disk has no room.
+        `StoreLocked` when the same model is being assembled already, `StoreFull` when the disk has no room,
+        `BlockMissing` when nodes are not here (any more: they were swept with a model without pins).
         """
         ...
 

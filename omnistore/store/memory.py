@@ -125,6 +125,9 @@ class MemoryStore:
         with self._lock:
             if model.manifest_cid in self._open:
                 raise StoreLocked(f"{model.manifest.name} is being assembled already")
+            refs = (ref.cid for ref in model.manifest.parts if ref.key in model.parts)
+            if not {model.cid, model.manifest_cid, *refs} <= self._blocks.keys():
+                raise BlockMissing(f"nodes of {model.manifest.name} are not here: put them first")
             self._open.add(model.manifest_cid)
             self._register(model, parts)
         return MemoryAssembly(self, model, placements, parts)

@@ -83,7 +83,7 @@ def _lock_unpinned(store: FileStore, stack: ExitStack) -> set[bytes]:
     manifests = {row.manifest for row in store.index.models() if not store.index.pinned(row.id)}
     for manifest in manifests:
         try:
-            stack.enter_context(store.lock_model(manifest, str(manifest)))
+            stack.enter_context(store.lock_model(manifest, str(manifest), brief=True))
         except StoreLocked:
             busy.add(manifest.binary)
     return busy
@@ -138,7 +138,7 @@ def _orphans(store: FileStore) -> Iterator[Path]:
     """
     for directory in sorted(store.models_directory.glob("*/")):
         lock = store.config.home / "locks" / f"{directory.name}.lock"
-        with suppress(StoreLocked), FileLock(lock, directory.name) as held:
+        with suppress(StoreLocked), FileLock(lock, directory.name, brief=True) as held:
             # Read only now: before we had the lock, somebody may have been renaming.
             named = {file.where for _, file in store.index.files()}
             yield from (path for path in sorted(directory.iterdir()) if path not in named)

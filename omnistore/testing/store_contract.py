@@ -27,6 +27,7 @@ from omnistore.errors import (
 from omnistore.keys import PrivateKey
 from omnistore.manifest import Manifest, PartKey, SignedManifest
 from omnistore.store.interface import Assembly, Model, Store
+from omnistore.store.memory import MemoryStore
 from omnistore.testing.tiny_gguf import Metadata, TinyGGUF, TinyTensor, pseudo_random, tiny_model
 
 PUBLISHER = PrivateKey(bytes(range(32)))
@@ -232,6 +233,16 @@ class StoreContract:
         with pytest.raises(StoreLocked):
             begin(store, made)
         assembly.close()
+        begin(store, made).close()
+
+    def test_an_assembly_without_a_node_locks_nothing(self, store: Store, made: Sample) -> None:
+        other = MemoryStore()
+        put_nodes(other, made.nodes)
+        model = other.model(made.signed.cid)
+        for lacking in range(len(made.nodes)):
+            put_nodes(store, made.nodes[:lacking])
+            with pytest.raises(BlockMissing):
+                store.assemble(model, made.placements, made.keys)
         begin(store, made).close()
 
     def test_a_block_without_a_place_is_refused(self, store: Store, made: Sample) -> None:

@@ -25,6 +25,7 @@ from omnistore.chunker.layout import Placement, resolve_untrusted
 from omnistore.cid import CID
 from omnistore.errors import (
     BadConfig,
+    BlockMissing,
     IntegrityError,
     LocalProtocolError,
     MalformedManifest,
@@ -269,6 +270,8 @@ class _Fetch:
     discovers: bool
     """Whether more peers may be found."""
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(2))
+    nodes: dict[CID, Block] = field(default_factory=dict)
+    """Every node of the model, until its assembly is open."""
     names: list[CID] = field(default_factory=list)
     """CIDs that the model's providers announce: the one asked for, then the manifest's."""
 
@@ -287,7 +290,7 @@ class _Fetch:
         if self.web is not None:
             self.web.resolve(placements)
         model = Model(self.cid, manifest_cid, manifest, publisher, parts)
-        assembly = await self._thread(partial(self.store.assemble, model, placements, list(parts)))
+        assembly = await self._thread(partial(self._assemble, model, placements))
         try:
             await self._thread(partial(_write_held, assembly, blocks))
             blocks.clear()
@@ -298,6 +301,18 @@ class _Fetch:
         finally:
             assembly.close()
         return self._report(model, tuple(paths), local, trio.current_time() - started)
+
+    def _assemble(self, model: Model, placements: Sequence[Placement]) -> Assembly:
+        """Open the assembly, in a thread."""
+        try:
+            return self.store.assemble(model, placements, list(model.parts))
+        except BlockMissing:
+            # Held since before this fetch, by a model without pins that was swept or evicted just now.
+            for block in self.nodes.values():
+                self.store.put_node(block)
+            return self.store.assemble(model, placements, list(model.parts))
+        finally:
+            self.nodes.clear()
 
     def _report(self, model: Model, paths: tuple[Path, ...], local: int, seconds: float) -> FetchReport:
         tally: Tally = self.swarm.tally
@@ -355,6 +370,7 @@ class _Fetch:
                     found[block.cid] = block.kept()
 
             await self.swarm.fetch([WantsAdded(None, tuple(lacking), (1 << len(lacking)) - 1)], keep)
+        self.nodes |= found
         return found
 
     # --- headers ----------------------------------------------------------------------------

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
+from omnistore.chunker.layout import Placement
 from omnistore.config import Config
+from omnistore.manifest import PartKey
 from omnistore.store import sweep
+from omnistore.store.assembly import FileAssembly
 from omnistore.store.eviction import evict, owned_bytes
 from omnistore.store.files import FileStore
+from omnistore.store.interface import Model
 from omnistore.store.publish import publish
+from omnistore.testing.network import VirtualNetwork
+from omnistore.testing.seeding import seeded
 from omnistore.testing.store_contract import PUBLISHER, Sample, begin, fill, sample
 from omnistore.testing.tiny_gguf import tiny_model
+from omnistore.transfer.client import FetchOptions, fetch_model
+from omnistore.transfer.server import serve_transfer
 
 NOW = 2_000_000_000.0
 LONG_AGO = 1_000_000_000.0
@@ -171,3 +182,42 @@ def test_an_index_of_the_first_release_is_brought_up_to_date(home: Path, tmp_pat
     store.unpin(made.signed.cid)
     assert evict(store, 0, now=time.time())[0].models == ("tiny",)
     store.close()
+
+
+class SweptBefore(FileStore):
+    """A store that is swept between reading a model's nodes and assembling it."""
+
+    swept: tuple[str, ...] | None = None
+
+    def assemble(
+        self, model: Model, placements: Sequence[Placement], parts: Collection[PartKey]
+    ) -> FileAssembly:
+        if self.swept is None:
+            self.swept = sweep.sweep(self, now=time.time()).models
+        return super().assemble(model, placements, parts)
+
+
+def test_a_pin_of_what_is_evicted_at_that_moment_fetches_it_again(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_model(2).build())
+    seed, cid = seeded(path, PUBLISHER)
+    options = FetchOptions(peers=("/memory/seed/p2p/seed",))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            network = VirtualNetwork(nursery, random.Random(1))
+            await nursery.start(partial(serve_transfer, network.node("seed"), seed))
+            before = FileStore(Config(home))
+            await fetch_model(network.node("before"), None, before, cid, options)
+            before.unpin(cid)
+            before.close()
+            store = SweptBefore(Config(home))
+            report = await fetch_model(network.node("me"), None, store, cid, options)
+            assert store.swept == ("tiny",)
+            assert report.blocks_local == 0
+            assert store.status(cid).whole
+            assert report.paths[0].read_bytes() == path.read_bytes()
+            store.close()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -489,6 +490,20 @@ def test_a_locked_model_names_the_process(store: FileStore, made: Sample) -> Non
     assembly.close()
     begin(other, made).close()
     other.close()
+
+
+def test_a_model_that_is_only_swept_over_is_waited_for(store: FileStore, made: Sample) -> None:
+    """A sweep holds every model without pins for a moment: a fetch that begins then is not refused."""
+    begin(store, made).close()
+    held = store.lock_model(made.bare.cid, "swept", brief=True)
+    with pytest.raises(StoreLocked):
+        store.lock_model(made.bare.cid, "swept", brief=True)
+    release = threading.Timer(0.2, held.release)
+    release.start()
+    begin(store, made).close()
+    release.join()
+    # Written at an end that was not in order, this is nobody's.
+    begin(store, made).close()
 
 
 def test_a_busy_index_is_a_locked_store(store: FileStore, made: Sample) -> None:
