@@ -40,6 +40,7 @@ from omnistore.transfer.server import ServeEvent, serve_transfer
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
     from omnistore.net.autonat import Autonat, DialBackServer
     from omnistore.net.circuit_transport import Circuits
+    from omnistore.net.dcutr import HolePunching
     from omnistore.net.libp2p import Libp2pNetwork
     from omnistore.net.relay import Relay
 
@@ -74,7 +75,16 @@ class Reached:
     found: Reachability
 
 
-NodeEvent: TypeAlias = Announced | Joined | Moved | Published | Reached | ServeEvent
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """A peer that was connected through a relay is connected directly now."""
+
+    peer: str
+    how: str
+    """`reversal`: one end dialled the other, which is public. `punch`: both dialled at once."""
+
+
+NodeEvent: TypeAlias = Announced | Direct | Joined | Moved | Published | Reached | ServeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,8 @@ class Node:
     """If it relays."""
     autonat: Autonat | None = None
     """If it listens: whether others can connect."""
+    punching: HolePunching | None = None
+    """What makes relayed connections direct."""
     dialbacks: DialBackServer | None = None
     """If it tells others whether they can be connected to."""
     _index_version: int = field(default=-1)
@@ -197,6 +209,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
+            _punch(node)
             _autonat(node)
             _relay(node)
             await nursery.start(_serve, node)
@@ -267,8 +280,20 @@ def _autonat(node: Node) -> None:
         node.dialbacks = DialBackServer(node.network)
         node.dialbacks.install()
     if node.options.listen:
-        node.autonat = Autonat(node.network, changed)
+        punched = node.punching.punched if node.punching is not None else set[str]()
+        node.autonat = Autonat(node.network, changed, punched.__contains__)
         node.nursery.start_soon(node.autonat.run)
+
+
+def _punch(node: Node) -> None:
+    """Have direct connections where there are relayed ones."""
+    from omnistore.net.dcutr import HolePunching
+
+    def direct(peer: str, how: str) -> None:
+        node.options.on_event(Direct(peer, how))
+
+    node.punching = HolePunching(node.network, direct)
+    node.nursery.start_soon(node.punching.run)
 
 
 async def _serve_bitswap(node: Node) -> None:

@@ -46,6 +46,7 @@ RANKS: dict[str, int] = {
     "omnistore.net.circuits": 1,
     "omnistore.net.dialback": 1,
     "omnistore.net.frames": 1,
+    "omnistore.net.holepunch": 1,
     "omnistore.net.interface": 1,
     "omnistore.net.muxing": 1,
     "omnistore.net.reachability": 1,

@@ -209,7 +209,7 @@ def _report(output: Output, event: NodeEvent) -> None:
     from omnistore.naming import Published
     from omnistore.net.addresses import CIRCUIT
     from omnistore.net.reachability import described
-    from omnistore.node import Announced, Moved, Reached
+    from omnistore.node import Announced, Direct, Moved, Reached
     from omnistore.transfer.server import Served, Unavailable
 
     match event:
@@ -232,6 +232,9 @@ def _report(output: Output, event: NodeEvent) -> None:
             for addr in addrs:
                 if CIRCUIT in addr:
                     output.note(f"reachable through a relay at {addr}")
+        case Direct(peer, how):
+            output.event("direct", peer=peer, how=how)
+            output.note(f"connected directly to {peer}, no longer through a relay")
         case Reached(found):
             output.event(
                 "reachability", state=found.state, yes=found.yes, no=found.no, addrs=list(found.addrs)

@@ -11,6 +11,8 @@ from omnistore.cli.home import config
 from omnistore.cli.output import Output, size, with_output
 from omnistore.http.client import ask_seed
 
+_HOW = {"reversal": "by dialling the other end", "punch": "through both routers", "failed": "stayed there"}
+
 
 @click.command()
 @with_output
@@ -48,6 +50,9 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("reachable", reach["text"]))
         if reach["remedy"]:
             lines.append(("", reach["remedy"]))
+        if made := {how: count for how, count in reach["made_direct"].items() if count}:
+            told_how = ", ".join(f"{count} {_HOW[how]}" for how, count in made.items())
+            lines.append(("direct", f"of the connections through relays {told_how}"))
     if relay := told.get("relay"):
         lines.append(
             (

@@ -165,6 +165,8 @@ class Daemon:
             "addrs": list(found.addrs),
             "text": text,
             "remedy": remedy,
+            "relays": list(network.circuits),
+            "made_direct": dict(self.node.punching.outcomes) if self.node.punching else {},
             "asked_of_us": dict(dialbacks.state.outcomes) if dialbacks else {},
         }
 
@@ -240,6 +242,10 @@ class Daemon:
                    by_label={state: int(state == found.state) for state in STATES}),
             Metric("omni_reachability_votes", "gauge", "Networks that could, and could not, connect here.",
                    label="answer", by_label={"yes": found.yes, "no": found.no}),
+            gauge("omni_relays", "Relays it is reached through.", len(self.node.network.circuits)),
+            outcomes("omni_direct_connections_total",
+                     "Relayed connections that reached this node: made direct, or not.",
+                     self.node.punching.outcomes if self.node.punching else Counter()),
             outcomes("omni_dial_backs_total", "Peers dialled because they asked whether they can be.",
                      dialbacks.state.outcomes if dialbacks else Counter()),
             *process_metrics(),

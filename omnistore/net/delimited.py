@@ -20,8 +20,8 @@ async def send(stream: Stream, message: Any) -> None:
     await stream.send_all(encode(len(body)) + body)
 
 
-async def receive_untrusted(stream: Stream, kind: Any) -> Any:
-    """One message of `kind`, and not a byte more.
+async def receive_untrusted(stream: Stream, kind: Any, most: int = MAX_MESSAGE) -> Any:
+    """One message of `kind`, at most `most` bytes long, and not a byte more.
 
     Raises `RemoteProtocolError`, or `PeerUnreachable` when the stream ends first.
     """
@@ -33,7 +33,7 @@ async def receive_untrusted(stream: Stream, kind: Any) -> Any:
             break
     else:
         raise RemoteProtocolError(f"{stream.peer} announces an endless message")
-    if length > MAX_MESSAGE:
+    if length > most:
         raise RemoteProtocolError(f"{stream.peer} announces a message of {length} bytes")
     try:
         return kind.FromString(await stream.receive_exactly(length) if length else b"")

@@ -31,6 +31,11 @@ class Stream(Protocol):
         """The authenticated peer ID at the other end."""
         ...
 
+    @property
+    def superseded(self) -> bool:
+        """Whether a better connection to the peer stands by now, which a new stream would take."""
+        ...
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything. Raises `PeerUnreachable` when the stream or connection broke."""
         ...

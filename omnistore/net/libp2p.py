@@ -86,6 +86,8 @@ class Libp2pStream:
     """The library's `NetStream`."""
     peer: str
     """The authenticated peer ID at the other end."""
+    swarm: Any
+    """The library's connections."""
     _closed: bool = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -113,6 +115,14 @@ class Libp2pStream:
     def relayed(self) -> bool:
         """Whether its connection goes through a relay."""
         return bool(self.raw.muxed_conn.get_connection_type() != ConnectionType.DIRECT)
+
+    @property
+    def superseded(self) -> bool:
+        """Whether it goes through a relay, and a direct connection stands by now."""
+        return self.relayed and any(
+            conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
+            for conn in self.swarm.get_connections(self.raw.muxed_conn.peer_id)
+        )
 
     @property
     def remote_host(self) -> str | None:
@@ -191,7 +201,8 @@ class Libp2pNetwork:
             _translated(f"{provider.peer} did not open a stream of {protocol}"),
             trio.fail_after(self.options.open_deadline),
         ):
-            return Libp2pStream(await self.host.new_stream(peer, [protocol]), provider.peer)
+            raw = await self.host.new_stream(peer, [protocol])
+            return Libp2pStream(raw, provider.peer, self.host.get_network())
 
     async def open_direct(self, address: Address, protocol: str) -> Libp2pStream:
         """Open a stream over a direct connection, dialling that address if there is none."""
@@ -207,13 +218,13 @@ class Libp2pNetwork:
             ):
                 await swarm._dial_addr_single_attempt(Multiaddr(address.transport), peer)
             # The library's choice among several connections is a direct one.
-            return Libp2pStream(await self.host.new_stream(peer, [protocol]), str(peer))
+            return Libp2pStream(await self.host.new_stream(peer, [protocol]), str(peer), swarm)
 
     def serve(self, protocol: str, server: StreamServer) -> None:
         """Answer inbound streams of `protocol` with `server`; its stream is closed when it returns."""
 
         async def run(raw: Any) -> None:
-            stream = Libp2pStream(raw, str(raw.muxed_conn.peer_id))
+            stream = Libp2pStream(raw, str(raw.muxed_conn.peer_id), self.host.get_network())
             try:
                 await server(stream)
             except BaseException:

@@ -72,6 +72,10 @@ class MeteredStream:
     def peer(self) -> str:
         return self.inner.peer
 
+    @property
+    def superseded(self) -> bool:
+        return self.inner.superseded
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self.inner.send_all(data)
         self.traffic.sent += len(data)

@@ -202,6 +202,11 @@ class VirtualStream:
         pipe.changed.unpark_all()
         return arrived
 
+    @property
+    def superseded(self) -> bool:
+        """There is one connection to each peer."""
+        return False
+
     async def receive_exactly(self, count: int) -> bytes:
         found = b""
         while len(found) < count:

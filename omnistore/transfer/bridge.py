@@ -174,6 +174,10 @@ class OriginStream:
         self._drained.set()
         self._drained = trio.Event()
 
+    @property
+    def superseded(self) -> bool:
+        return False
+
     async def receive_exactly(self, count: int) -> bytes:
         data = b""
         while len(data) < count:

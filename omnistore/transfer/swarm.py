@@ -94,6 +94,8 @@ class Link:
     """Some bytes arrived since the last tick."""
     held_up: bool = False
     """Nothing is received from it until less is unverified."""
+    moved: bool = False
+    """It is given up for a better one to the same peer."""
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the writer task."""
@@ -248,7 +250,10 @@ class Swarm:
         while True:
             await trio.sleep(self._limits.tick)
             for peer, link in list(self._links.items()):
-                if link.alive or link.held_up:
+                if link.stream.superseded:
+                    link.moved = True
+                    link.scope.cancel()
+                elif link.alive or link.held_up:
                     link.alive = False
                     self._dispatch(e.BytesReceived(peer, link.held_up))
             self._dispatch(e.Tick())
@@ -268,7 +273,8 @@ class Swarm:
             async with self._slots:
                 delivered = self._delivered.get(provider.peer, 0)
                 try:
-                    await self._join(provider)
+                    while await self._join(provider):
+                        _log.info("%s is asked over a better connection", provider.peer)
                 except PeerUnreachable as error:
                     self.tally.unreachable[provider.peer] = error.message
                     if provider.peer not in self._joined:
@@ -280,8 +286,8 @@ class Swarm:
             await trio.sleep(self._limits.redial_dead if late else pause)
             pause = min(2 * pause, self._limits.redial_most)
 
-    async def _join(self, provider: Provider) -> None:
-        """One stream, from its opening to its end."""
+    async def _join(self, provider: Provider) -> bool:
+        """One stream, from its opening to its end; whether there is to be another at once."""
         stream = await self._network.open_stream(provider, PROTOCOL)
         peer = provider.peer
         link = Link(stream, trio.CancelScope(), Asks(self._buffers))
@@ -301,8 +307,9 @@ class Swarm:
                 del self._links[peer]
                 self._dispatch(e.PeerLeft(peer))
             await stream.reset()
-        if fault is not None:
+        if fault is not None and not link.moved:
             raise fault
+        return link.moved
 
     async def _write(self, link: Link, scope: trio.CancelScope) -> None:
         try:

@@ -39,6 +39,7 @@ class OverAsker:
     """Asks, reads nothing, and breaks the protocol while its block is being read."""
 
     peer = "over-asker"
+    superseded = False
 
     def __init__(self, store: Gated, cid: CID) -> None:
         self.store = store

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
@@ -47,6 +47,8 @@ class Peer:
     """Blocks to send first."""
     gate: trio.Event = field(default_factory=trio.Event)
     """Greets nobody before."""
+    better: bool = False
+    """A second stream would be over a better connection than the first."""
     joined: int = 0
     sent: list[int] = field(default_factory=list)
 
@@ -58,6 +60,8 @@ class PeerStream:
     server: Peer
     outgoing: trio.MemorySendChannel[bytes]
     incoming: trio.MemoryReceiveChannel[bytes]
+    number: int
+    """Of its streams, from 1."""
     decoder: Decoder = field(default_factory=lambda: Decoder(REQUESTER))
     asked: dict[int, int] = field(default_factory=dict)
     """Number of each ask, by block."""
@@ -65,6 +69,10 @@ class PeerStream:
     @property
     def peer(self) -> str:
         return self.server.peer
+
+    @property
+    def superseded(self) -> bool:
+        return self.server.better and self.number == 1
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
@@ -112,7 +120,7 @@ class Peers:
         peer.joined += 1
         send, receive = trio.open_memory_channel[bytes](1000)
         send.send_nowait(encode(Hello(1024, 256)))
-        return PeerStream(peer, send, receive)
+        return PeerStream(peer, send, receive, peer.joined)
 
     def addrs(self) -> Sequence[str]:
         return ()
@@ -149,9 +157,11 @@ class Fetching:
 
 
 @asynccontextmanager
-async def fetching(*peers: Peer, wanted: int = len(BLOCKS), finite: bool = False) -> AsyncIterator[Fetching]:
+async def fetching(
+    *peers: Peer, wanted: int = len(BLOCKS), finite: bool = False, limits: SwarmLimits = LIMITS
+) -> AsyncIterator[Fetching]:
     """A swarm of `peers`; its sink is shut."""
-    swarm = Swarm(Peers({peer.peer: peer for peer in peers}), Session(lambda: 0.0), LIMITS, finite=finite)
+    swarm = Swarm(Peers({peer.peer: peer for peer in peers}), Session(lambda: 0.0), limits, finite=finite)
     for peer in peers:
         swarm.add(Provider(peer.peer))
     sink = Gated()
@@ -327,3 +337,25 @@ def test_a_candidate_that_made_room_and_is_found_again_is_joined_once() -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_peer_with_a_better_connection_is_asked_over_that_at_once() -> None:
+    """And nothing is lost by it, nor counted against the peer."""
+    # Sends nothing over its first stream: it waits to be asked for what is not wanted.
+    peer = Peer("moving", order=(len(BLOCKS),))
+
+    async def main() -> None:
+        # One that went away would not be dialled again within this test.
+        limits = replace(LIMITS, redial_least=10 * HANG, redial_most=10 * HANG)
+        async with fetching(peer, limits=limits) as under_way, trio.open_nursery() as nursery:
+            open_now(peer)
+            nursery.start_soon(under_way.fetch)
+            await until(lambda: peer.joined == 1 and under_way.swarm.peers == 1)
+            peer.order, peer.better = (), True
+            await until(lambda: peer.joined == 2)
+            under_way.sink.gate.set()
+        assert peer.joined == 2
+        assert sorted(under_way.sink.kept) == sorted(block.cid for block in BLOCKS)
+        assert under_way.swarm.tally.dropped == under_way.swarm.tally.unreachable == {}
+
+    trio.run(main)
