@@ -18,9 +18,10 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from omninfer.arch import ModelSpec, kv_bytes
+from omninfer.arch import KVKind, kv_bytes
 from omninfer.engines import Stage, StageSpec, choose_engine, pick_engine
-from omninfer.frames import LIMITS, Load, Progress
+from omninfer.frames import LIMITS, Cache, Load, Progress
+from omninfer.labels import Labels
 from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
 from omninfer.pipeline import Pipeline
 from omninfer.plan import Machine, ModelCosts, Plan, PlannedStage, make_plan
@@ -61,6 +62,8 @@ class RunOptions:
     context: int = 2048
     kv_memory: int | None = None
     """Bytes that keys and values may take, over all machines together; None for those of one full context."""
+    kv: KVKind = "full"
+    """How keys and values are kept, everywhere."""
     silence: float = 10.0
     """Seconds after which a lender that says nothing is lost; one at work says so every second."""
 
@@ -73,6 +76,8 @@ class Site:
     routing: ContentRouting | None
     store: Store
     weights: NetworkWeights
+    labels: Labels | None = None
+    """What this machine calls its prompts at lenders; None to have nothing kept there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +133,13 @@ class Coordinator:
         self._options = options
         self._told = told or Told()
         self._wishes = _wishes(options.layers, about.spec.layers)
-        self._budget = _kv_budget(about.spec, options)
-        self._costs = ModelCosts.of(
-            about.model.manifest, about.spec, tokens=self._budget // _token_bytes(about.spec)
-        )
+        self._token_bytes = kv_bytes(about.spec, options.kv) * about.spec.layers
+        one = room_for(options.context, options.context)
+        self._tokens = one
+        """That all slots may hold together: no more than they could."""
+        if options.kv_memory is not None:
+            self._tokens = min(max(1, options.kv_memory // self._token_bytes), SLOTS * one)
+        self._costs = ModelCosts.of(about.model.manifest, about.spec, tokens=self._tokens, kv=options.kv)
         self._pipeline: Pipeline | None = None
         self._building = trio.Lock()
         self._computed = 0
@@ -221,15 +229,14 @@ class Coordinator:
                         await lending.link.aclose()
             if stages is not None:
                 self._told.note(self.whereabouts())
-                return Pipeline(stages, self._table(stages), width=self.about.spec.width)
+                return Pipeline(stages, self._table(stages), self._site.labels, width=self.about.spec.width)
 
     def _table(self, stages: Sequence[RunningStage]) -> SlotTable:
-        spec = self.about.spec
         return SlotTable(
             min(stage.slots for stage in stages),
             context=self._options.context,
-            token_bytes=_token_bytes(spec),
-            budget=self._budget,
+            token_bytes=self._token_bytes,
+            budget=self._tokens * self._token_bytes,
         )
 
     async def _lendings(self) -> list[Lending]:
@@ -247,9 +254,17 @@ class Coordinator:
 
         async def ask(provider: Provider, named: bool) -> None:
             try:
-                found[provider.peer] = await ask_lender(
+                lending = await ask_lender(
                     network, provider, self._options.engine, self._options.silence, named=named
                 )
+                if self._options.kv != "full" and not lending.link.conversation.caching:
+                    await lending.link.aclose()
+                    raise PlanInfeasible(
+                        f"the lender {provider.peer} speaks version 1.0.0, and keeps no keys and values as"
+                        f" {self._options.kv}",
+                        remedy="Have it run a newer version, or leave out --kv.",
+                    )
+                found[provider.peer] = lending
             except OmniError as error:
                 _log.info("lender %s: %s", provider.peer, error)
                 self._excluded.add(provider.peer)
@@ -267,7 +282,7 @@ class Coordinator:
         return [found[peer] for peer in candidates if peer in found]
 
     async def _this_machine(self) -> Machine:
-        engine = pick_engine(self._options.engine, self.about.spec)
+        engine = pick_engine(self._options.engine, self.about.spec, self._options.kv)
         if self._speed is None:
             thread = ComputeThread("profile")
             try:
@@ -345,12 +360,12 @@ class Coordinator:
     def _spec(self, planned: PlannedStage) -> StageSpec:
         return StageSpec(self.about.spec, planned.first, planned.last, embed=planned.embed, head=planned.head)
 
-    def _load_order(self, planned: PlannedStage, lending: Lending) -> Load:
+    def _load_order(self, planned: PlannedStage, lending: Lending) -> tuple[Cache, Load]:
         network = self._site.network
         here = Provider(network.peer_id, tuple(addr.rpartition("/p2p/")[0] for addr in network.addrs()))
         known = [provider for provider in (here, *self._options.providers) if provider.peer != lending.peer]
         providers = (Provider(p.peer, tuple(p.addrs[: LIMITS.addresses])) for p in known[: LIMITS.providers])
-        return Load(
+        return Cache(self._tokens, self._options.kv), Load(
             model=self.about.model.cid,
             first=planned.first,
             last=planned.last,
@@ -358,7 +373,7 @@ class Coordinator:
             head=planned.head,
             engine=self._options.engine,
             context=self._options.context,
-            slots=1,
+            slots=SLOTS if lending.link.conversation.caching else 1,
             providers=tuple(providers),
         )
 
@@ -374,11 +389,13 @@ class Coordinator:
         # The part nodes may have come only now.
         about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
         source = StoreTensorSource(site.store, about.model, parts)
-        engine, reason = choose_engine(self._options.engine, spec.model)
-        self.engine, context = {"name": engine.name, "reason": reason}, self._options.context
+        engine, reason = choose_engine(self._options.engine, spec.model, self._options.kv)
+        self.engine, options = {"name": engine.name, "reason": reason}, self._options
 
         def load() -> Stage:
-            return engine.load(spec, source, context=context, slots=SLOTS, progress=progressed("load"))
+            return engine.load(
+                spec, source, context=options.context, slots=SLOTS, kv=options.kv, progress=progressed("load")
+            )
 
         thread = ComputeThread(f"stage-{planned.first}-{planned.last}")
         try:
@@ -386,14 +403,3 @@ class Coordinator:
         except BaseException:
             thread.close()
             raise
-
-
-def _token_bytes(model: ModelSpec) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return kv_bytes(model, "full") * model.layers
-
-
-def _kv_budget(model: ModelSpec, options: RunOptions) -> int:
-    """Bytes of keys and values that are planned: no more than all slots could hold."""
-    one = _token_bytes(model) * room_for(options.context, options.context)
-    return one if options.kv_memory is None else min(options.kv_memory, SLOTS * one)

@@ -1,4 +1,4 @@
-"""The frames of `/omni/pipeline/1.0.0`: what they say and their limits (spec/06-pipeline, section "Frames").
+"""The frames of `/omni/pipeline`, 1.0.0 and 1.1.0: what they say, and limits (spec/06-pipeline, "Frames").
 
 Pure values. Their bytes are `omninfer.framing`'s, which may come when is `omninfer.conversation`'s.
 """
@@ -11,13 +11,19 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from omninfer.arch import MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB
+from omninfer.arch import MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, KVKind
 from omnistore import dagcbor
 from omnistore.block import Block
 from omnistore.cid import CID
 from omnistore.net.interface import Provider
 
 PROTOCOL: Final = "/omni/pipeline/1.0.0"
+CACHING: Final = "/omni/pipeline/1.1.0"
+"""The same, and frames about what slots hold: `Cache`, `Fork`, `Recall`, `Keep`, `Held`."""
+LABEL_TOKENS: Final = 64
+"""Tokens that one label stands for."""
+LABEL_SIZE: Final = 16
+"""Bytes of a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,10 @@ class Limits:
     """KV caches of one stage for one coordinator."""
     context: int = MAX_CONTEXT
     """Tokens that a slot holds."""
+    tokens: int = 1 << 31
+    """Tokens that all slots hold together: 64 slots of any context."""
+    labels: int = 2048
+    """Labels of a slot's beginning, 64 tokens each: 131,072 tokens in 35 KiB."""
     layers: int = MAX_LAYERS
     providers: int = 16
     """Peers that a `load` names as holding the model."""
@@ -144,6 +154,41 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """Coordinator, before `load`: how its slots are to be kept. 1.1.0."""
+
+    tokens: int
+    """Most that the slots hold together, each counted as the specification says."""
+    kv: KVKind
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Coordinator: copy the first tokens of a slot into an empty one. Not answered. 1.1.0."""
+
+    slot: int
+    into: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Coordinator: fill an empty slot with what was kept under the most of these labels. 1.1.0."""
+
+    slot: int
+    labels: tuple[bytes, ...]
+    """One for each `LABEL_TOKENS` tokens, which stands for all tokens up to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Coordinator: when the stream ends, keep a slot's labelled beginning for me. Not answered. 1.1.0."""
+
+    slot: int
+    labels: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Coordinator: answer with a `pong` of as many bytes."""
 
@@ -209,6 +254,15 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Lender: answers `recall`. 1.1.0."""
+
+    slot: int
+    length: int
+    """Tokens that the slot holds now: a multiple of `LABEL_TOKENS`, 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     """Lender: answers `ping`."""
 
@@ -222,14 +276,17 @@ class Error:
     reason: str
 
 
-FromCoordinator: TypeAlias = Ask | Load | Forward | Trim | Drop | Ping | Bye
-FromLender: TypeAlias = Profile | Progress | Ready | Refuse | Output | Pong | Error
+FromCoordinator: TypeAlias = Ask | Cache | Load | Forward | Trim | Drop | Fork | Recall | Keep | Ping | Bye
+FromLender: TypeAlias = Profile | Progress | Ready | Refuse | Output | Held | Pong | Error
 Frame: TypeAlias = FromCoordinator | FromLender
 
 COORDINATOR: Final = frozenset({"ask", "load", "forward", "trim", "drop", "ping", "bye"})
-"""Names of what a coordinator sends."""
+"""Names of what a coordinator sends in 1.0.0."""
 LENDER: Final = frozenset({"profile", "progress", "ready", "refuse", "output", "pong", "error"})
-"""Names of what a lender sends."""
+"""Names of what a lender sends in 1.0.0."""
+CACHING_COORDINATOR: Final = COORDINATOR | {"cache", "fork", "recall", "keep"}
+CACHING_LENDER: Final = LENDER | {"held"}
+"""The same in 1.1.0."""
 
 
 def name_of(frame: Frame) -> str:

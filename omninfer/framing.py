@@ -15,18 +15,24 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from omninfer.arch import MAX_VOCAB
+from omninfer.arch import KV_KINDS, MAX_VOCAB
 from omninfer.frames import (
+    LABEL_SIZE,
+    LABEL_TOKENS,
     LIMITS,
     PHASES,
     REFUSALS,
     Activations,
     Ask,
     Bye,
+    Cache,
     Drop,
     Error,
+    Fork,
     Forward,
     Frame,
+    Held,
+    Keep,
     Load,
     Output,
     Ping,
@@ -34,6 +40,7 @@ from omninfer.frames import (
     Profile,
     Progress,
     Ready,
+    Recall,
     Refuse,
     Trim,
     name_of,
@@ -75,10 +82,8 @@ def _body(frame: Frame) -> tuple[dict[str, dagcbor.Value], bytes]:
             return _load_body(frame), b""
         case Ask(engine):
             return {"engine": engine}, b""
-        case Trim(slot, length):
-            return {"slot": slot, "length": length}, b""
-        case Drop(slot):
-            return {"slot": slot}, b""
+        case Cache() | Trim() | Drop() | Fork() | Recall() | Keep() | Held():
+            return _slots_body(frame), b""
         case Ping(data) | Pong(data):
             return {"size": len(data)}, data
         case Bye():
@@ -93,6 +98,20 @@ def _body(frame: Frame) -> tuple[dict[str, dagcbor.Value], bytes]:
             return {"code": code, "reason": reason[: LIMITS.text], "remedy": remedy[: LIMITS.text]}, b""
         case Error(reason):
             return {"reason": reason[: LIMITS.text]}, b""
+
+
+def _slots_body(frame: Cache | Trim | Drop | Fork | Recall | Keep | Held) -> dict[str, dagcbor.Value]:
+    match frame:
+        case Trim(slot, length) | Held(slot, length):
+            return {"slot": slot, "length": length}
+        case Drop(slot):
+            return {"slot": slot}
+        case Cache(tokens, kv):
+            return {"tokens": tokens, "kv": kv}
+        case Fork(slot, into, length):
+            return {"slot": slot, "into": into, "length": length}
+        case Recall(slot, labels) | Keep(slot, labels):
+            return {"slot": slot, "labels": list(labels)}
 
 
 def _forward_body(frame: Forward) -> tuple[dict[str, dagcbor.Value], bytes]:
@@ -140,7 +159,7 @@ class Decoder:
     """Turns what arrives on one stream into frames, however the bytes are split."""
 
     def __init__(self, accepts: frozenset[str]) -> None:
-        """`accepts`: `LENDER` on a coordinator's side, `COORDINATOR` on a lender's."""
+        """`accepts`: names of frames; `LENDER` on a coordinator's side, `COORDINATOR` on a lender's."""
         self._accepts = accepts
         self._bytes = bytearray()
         self._head: _Head | None = None
@@ -285,7 +304,7 @@ def _activations_untrusted(rows: int, columns: int, data: bytes) -> Activations:
 
 
 def _forward(f: _Fields) -> tuple[int, _Build]:
-    seq, slot = f.integer("seq", LIMITS.number), f.integer("slot", LIMITS.slots - 1)
+    seq, slot = f.integer("seq", LIMITS.number), _slot(f)
     position, logits = f.integer("position", LIMITS.context - 1), f.flag("logits")
     if "tokens" in f:
         tokens = f.items("tokens", LIMITS.rows, 1)
@@ -337,6 +356,38 @@ def _load(f: _Fields) -> tuple[int, _Build]:
     return 0, lambda _: frame
 
 
+def _labels(f: _Fields) -> tuple[bytes, ...]:
+    labels = f.items("labels", LIMITS.labels, 1)
+    if not all(type(label) is bytes and len(label) == LABEL_SIZE for label in labels):
+        raise f.fault(f"a label that is not {LABEL_SIZE} bytes")
+    return tuple(labels)
+
+
+def _cache(f: _Fields) -> Cache:
+    kv = next((kind for kind in KV_KINDS if kind == f.text("kv", 32)), None)
+    if kv is None:
+        raise f.fault(f"kv is not one of {', '.join(KV_KINDS)}")
+    return Cache(f.integer("tokens", LIMITS.tokens, 1), kv)
+
+
+def _fork(f: _Fields) -> Fork:
+    frame = Fork(_slot(f), f.integer("into", LIMITS.slots - 1), f.integer("length", LIMITS.context))
+    if frame.slot == frame.into:
+        raise f.fault("a slot into itself")
+    return frame
+
+
+def _held(f: _Fields) -> Held:
+    frame = Held(_slot(f), f.integer("length", LIMITS.labels * LABEL_TOKENS))
+    if frame.length % LABEL_TOKENS:
+        raise f.fault(f"length is not a multiple of {LABEL_TOKENS}")
+    return frame
+
+
+def _slot(f: _Fields) -> int:
+    return f.integer("slot", LIMITS.slots - 1)
+
+
 def _carried(kind: type[Ping] | type[Pong]) -> _Check:
     return lambda f: (f.integer("size", LIMITS.ping), kind)
 
@@ -362,8 +413,13 @@ _CHECKS: Final[Mapping[str, _Check]] = {
     "ask": _plain(lambda f: Ask(f.text("engine", 32, 1))),
     "load": _load,
     "forward": _forward,
-    "trim": _plain(lambda f: Trim(f.integer("slot", LIMITS.slots - 1), f.integer("length", LIMITS.context))),
-    "drop": _plain(lambda f: Drop(f.integer("slot", LIMITS.slots - 1))),
+    "trim": _plain(lambda f: Trim(_slot(f), f.integer("length", LIMITS.context))),
+    "drop": _plain(lambda f: Drop(_slot(f))),
+    "cache": _plain(_cache),
+    "fork": _plain(_fork),
+    "recall": _plain(lambda f: Recall(_slot(f), _labels(f))),
+    "keep": _plain(lambda f: Keep(_slot(f), _labels(f))),
+    "held": _plain(_held),
     "ping": _carried(Ping),
     "bye": _plain(lambda f: Bye()),
     "profile": _plain(

@@ -69,13 +69,24 @@ async def ask_lender(
     Raises `PeerUnreachable`, `RemoteProtocolError`, or `PlanInfeasible` for a refusal.
     """
     with trio.move_on_after(PROFILE_SECONDS):
-        link = FrameLink(await network.open_stream(provider, frames.PROTOCOL), "coordinator", silence=silence)
+        link = await _open(network, provider, silence)
         try:
             return Lending(link, await _profile(link, engine), named)
         except BaseException:
             await link.reset()
             raise
     raise PeerUnreachable(f"the lender {provider.peer} told nothing of itself in {PROFILE_SECONDS:.0f} s")
+
+
+async def _open(network: Network, provider: Provider, silence: float) -> FrameLink:
+    """A stream of the newest version that the lender speaks. Raises `PeerUnreachable`."""
+    try:
+        stream, caching = await network.open_stream(provider, frames.CACHING), True
+    except PeerUnreachable as error:
+        # It may speak 1.0.0 only; who can not be reached at all will say so again.
+        _log.debug("%s", error)
+        stream, caching = await network.open_stream(provider, frames.PROTOCOL), False
+    return FrameLink(stream, "coordinator", silence=silence, caching=caching)
 
 
 async def _profile(link: FrameLink, engine: str) -> Machine:
@@ -123,7 +134,7 @@ async def load_remotely(
     lending: Lending,
     planned: PlannedStage,
     spec: StageSpec,
-    order: frames.Load,
+    order: tuple[frames.Cache, frames.Load],
     told: Callable[[str, frames.Progress], None],
 ) -> RemoteStage:
     """Have a lender load its range. Raises `StageLost`, or `PlanInfeasible` for a refusal."""

@@ -13,7 +13,7 @@ from typing import Final, Literal
 import trio
 
 from omninfer.conversation import Conversation
-from omninfer.frames import COORDINATOR, LENDER, Error, Frame
+from omninfer.frames import Error, Frame
 from omninfer.framing import Decoder, encode
 from omnistore.errors import PeerUnreachable
 from omnistore.net.interface import Stream
@@ -25,12 +25,22 @@ READ_SIZE: Final = 1 << 18
 class FrameLink:
     """Frames over one stream. One task receives; any number send."""
 
-    def __init__(self, stream: Stream, side: Literal["coordinator", "lender"], *, silence: float) -> None:
-        """`silence`: seconds without a byte, or to get rid of one, before the peer counts as gone."""
+    def __init__(
+        self,
+        stream: Stream,
+        side: Literal["coordinator", "lender"],
+        *,
+        silence: float,
+        caching: bool = False,
+    ) -> None:
+        """`silence`: seconds without a byte, or to get rid of one, before the peer counts as gone; `caching`:
+        the protocol's version is 1.1.0."""
         self.peer = stream.peer
-        self.conversation = Conversation(side)
+        self.conversation = Conversation(side, caching=caching)
         self._stream = stream
-        self._decoder = Decoder(LENDER if side == "coordinator" else COORDINATOR)
+        self._decoder = Decoder(
+            self.conversation.accepts("lender" if side == "coordinator" else "coordinator")
+        )
         self._frames: deque[Frame] = deque()
         self._sending = trio.Lock()
         self._silence = silence

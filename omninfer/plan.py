@@ -6,7 +6,7 @@ the latency of one decoded token: the sum over the stages of the time to read th
 bytes that cross the link. Measured speeds are no more exact than `TOLERANCE`, so among the plans of the
 same machines in the same order whose latency is within it, the one whose slowest stage is fastest is taken:
 that is the throughput objective, it is what a prefill cut into pieces runs at, and it keeps
-equal machines from getting unequal shares by noise.
+equal machines from getting unequal shares by noise. Within it, too, machines stay in the order given.
 
 **How.** Each machine holds at most one contiguous range; the ranges follow each other from layer 0 to
 the last. The embedding goes with the first range, the head with the last; a tied head needs the embedding's
@@ -192,6 +192,11 @@ def make_plan(
     if found is None:
         raise _infeasible(costs, chosen, must, fixed)
     order, best = found
+    # Where the order of machines makes no difference worth measuring, it is the same each time: what they
+    # loaded and kept for one run, they have for the next.
+    given = sorted(order)
+    if _split([options[n] for n in given], total)[0] <= best * (1 + TOLERANCE):
+        order = given
     stages = _even_out(
         [options[n] for n in order], [_range_compute(costs, chosen[n]) for n in order], best, total
     )

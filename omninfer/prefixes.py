@@ -31,8 +31,8 @@ def room_for(tokens: int, context: int) -> int:
     return min(context, -(-tokens // STEP) * STEP)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with together."""
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences begin with together."""
     if len(a) <= len(b) and list(a) == list(b[: len(a)]):
         return len(a)
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -79,6 +79,11 @@ class SlotTable:
     def tokens(self, slot: int) -> Sequence[int]:
         """What a slot holds."""
         return self._held[slot].tokens
+
+    def by_age(self) -> Sequence[int]:
+        """The slots that hold something, least recently used first."""
+        found = [n for n, held in enumerate(self._held) if held.tokens]
+        return sorted(found, key=lambda n: (self._held[n].used, n))
 
     def place(self, prompt: Sequence[int], now: float) -> Placement:
         """Choose a slot for a prompt, which is in use from now until `release`.

@@ -22,7 +22,7 @@ from omninfer.engines.interface import Hidden, Logits, Tokens
 from omninfer.link import FrameLink
 from omninfer.plan import PlannedStage
 from omninfer.threads import ComputeThread
-from omnistore.errors import LocalProtocolError, OmniError, PeerUnreachable, RemoteProtocolError, StageLost
+from omnistore.errors import OmniError, PeerUnreachable, RemoteProtocolError, StageLost
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,14 @@ class RunningStage(Protocol):
         """Empty a slot."""
         ...
 
+    async def recall(self, slot: int, labels: tuple[bytes, ...]) -> int:
+        """Fill an empty slot with what was kept of an earlier stream; how many tokens it holds then."""
+        ...
+
+    async def keep(self, slot: int, labels: tuple[bytes, ...]) -> None:
+        """Ask that the labelled beginning of a slot outlives `aclose`."""
+        ...
+
     async def aclose(self) -> None:
         """Let go of it; never raises."""
         ...
@@ -89,6 +97,12 @@ class LocalStage:
     async def drop(self, slot: int) -> None:
         await self._thread.run(self._stage.drop, slot)
 
+    async def recall(self, slot: int, labels: tuple[bytes, ...]) -> int:
+        return 0  # what this process held, its table knows
+
+    async def keep(self, slot: int, labels: tuple[bytes, ...]) -> None:
+        pass  # nothing here outlives the process
+
     async def aclose(self) -> None:
         self._thread.submit(self._stage.close)
         self._thread.close()
@@ -100,17 +114,24 @@ class RemoteStage:
     def __init__(self, planned: PlannedStage, spec: StageSpec, link: FrameLink, ready: frames.Ready) -> None:
         self.planned = planned
         self.ready = ready
-        self.slots = 1
+        load, caching = link.conversation.load, link.conversation.caching
+        self.slots = load.slots if load is not None and caching else 1
         self._spec = spec
         self._link = link
 
     @classmethod
     async def load(
-        cls, link: FrameLink, planned: PlannedStage, spec: StageSpec, order: frames.Load, told: Told
+        cls,
+        link: FrameLink,
+        planned: PlannedStage,
+        spec: StageSpec,
+        order: tuple[frames.Cache, frames.Load],
+        told: Told,
     ) -> RemoteStage | frames.Refuse:
         """Have the lender load its range; its refusal is an answer too. Raises `StageLost`."""
         async with _losing(link):
-            await link.send(order)
+            for frame in order if link.conversation.caching else order[1:]:
+                await link.send(frame)
             while True:
                 match await _next(link):
                     case frames.Progress() as progress:
@@ -134,8 +155,8 @@ class RemoteStage:
                     case frames.Output(answered, values) if answered == seq:
                         self._check(values)
                         return values.array()
-                    case frames.Output() | frames.Progress():
-                        pass  # of a forward that was interrupted, or a sign of life
+                    case frames.Output() | frames.Held() | frames.Progress():
+                        pass  # of what was interrupted, or a sign of life
                     case other:
                         raise RemoteProtocolError(
                             f"{self._link.peer} answered a forward with {frames.name_of(other)}"
@@ -152,7 +173,30 @@ class RemoteStage:
             await self._link.send(frames.Trim(slot, length))
 
     async def fork(self, src: int, dst: int, length: int) -> None:
-        raise LocalProtocolError(f"{self._link.peer} has one slot, and none to copy into")
+        async with _losing(self._link):
+            await self._link.send(frames.Drop(dst))
+            await self._link.send(frames.Fork(src, dst, length))
+
+    async def recall(self, slot: int, labels: tuple[bytes, ...]) -> int:
+        if not self._link.conversation.caching:
+            return 0
+        async with _losing(self._link):
+            await self._link.send(frames.Recall(slot, labels))
+            while True:
+                match await _next(self._link):
+                    case frames.Held(answered, length) if answered == slot:
+                        return length
+                    case frames.Output() | frames.Held() | frames.Progress():
+                        pass
+                    case other:
+                        raise RemoteProtocolError(
+                            f"{self._link.peer} answered a recall with {frames.name_of(other)}"
+                        )
+
+    async def keep(self, slot: int, labels: tuple[bytes, ...]) -> None:
+        if self._link.conversation.caching:
+            async with _losing(self._link):
+                await self._link.send(frames.Keep(slot, labels))
 
     async def drop(self, slot: int) -> None:
         async with _losing(self._link):

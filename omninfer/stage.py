@@ -1,9 +1,9 @@
-"""Lending compute: the server of `/omni/pipeline/1.0.0` (spec/06-pipeline, section "Lending").
+"""Lending compute: the server of `/omni/pipeline`, 1.0.0 and 1.1.0 (spec/06-pipeline, section "Lending").
 
 One `_CoordinatorStream` per stream: it answers what the coordinator asks, in order, and lets go of every slot
-when the stream ends, however it ends. A lender fetches by CID only the parts of the range it was asked for
-and believes nobody about them: what it computes with went through the store's digests. Nobody is served who
-was not allowed by name, or by `--allow any`.
+when the stream ends, however it ends, but for those that the coordinator asked to be kept. A lender fetches
+by CID only the parts of the range it was asked for and believes nobody about them: what it computes with went
+through the store's digests. Nobody is served who was not allowed by name, or by `--allow any`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import trio
 
 from omninfer import frames
+from omninfer.arch import KVKind, kv_bytes
 from omninfer.engines import Engine, Stage, StageSpec, pick_engine
 from omninfer.engines.interface import WhichLogits
 from omninfer.link import FrameLink
@@ -25,10 +27,11 @@ from omninfer.plan import ModelCosts
 from omninfer.profile import footprint, free_memory, measure
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, header_parts, stage_parts
 from omninfer.threads import ComputeThread
-from omninfer.warm import Lease, Need, StageKey, WarmStages
+from omninfer.warm import Lease, Need, StageKey, ToKeep, WarmStages
 from omninfer.weights import Choose, NetworkWeights
 from omnistore.errors import (
     BadConfig,
+    InputError,
     NetworkError,
     OmniError,
     PeerUnreachable,
@@ -36,7 +39,7 @@ from omnistore.errors import (
     ProtocolError,
 )
 from omnistore.net.addresses import is_peer_id
-from omnistore.net.interface import ContentRouting, Stream
+from omnistore.net.interface import ContentRouting, Network, Stream
 from omnistore.store.interface import Store
 
 if TYPE_CHECKING:
@@ -50,6 +53,9 @@ IDLE_SECONDS: Final = 1800.0
 """A coordinator that asks nothing for this long is let go: it loads again when its person comes back."""
 MAX_STREAMS: Final = 64
 """Streams served at once; each holds at most one forward's activations (64 MiB) in memory."""
+
+KEPT_BYTES: Final = 256 << 20
+"""For the prompts that one peer comes back to: a few pages of a large model."""
 
 ANNOUNCE_SECONDS: Final = 6 * 3600.0
 """Providers expire after two days elsewhere; a machine that was switched off should be forgotten sooner."""
@@ -66,6 +72,8 @@ class LendOptions:
     """Bytes; None for what is free when the service starts."""
     allow: frozenset[str] | None = frozenset()
     """Peer IDs; None for any peer."""
+    kept: int = KEPT_BYTES
+    """Bytes, of those lent, that one peer's prompts may take after its streams ended."""
 
 
 class Lender:
@@ -75,15 +83,20 @@ class Lender:
         self.peer_id = peer_id
         self.store = store
         self.weights = weights
-        self.stages = WarmStages(free_memory() if options.memory is None else options.memory)
+        self.stages = WarmStages(free_memory() if options.memory is None else options.memory, options.kept)
         self._allow = options.allow
         self._streams = 0
         self._speeds: dict[str, float] = {}
         self._measuring = trio.Lock()
 
-    async def serve(self, stream: Stream) -> None:
+    def serve_on(self, network: Network) -> None:
+        """Answer the streams of both versions."""
+        network.serve(frames.PROTOCOL, partial(self.serve, caching=False))
+        network.serve(frames.CACHING, partial(self.serve, caching=True))
+
+    async def serve(self, stream: Stream, *, caching: bool) -> None:
         """Run one inbound stream to its end."""
-        link = FrameLink(stream, "lender", silence=SILENCE_SECONDS)
+        link = FrameLink(stream, "lender", silence=SILENCE_SECONDS, caching=caching)
         self._streams += 1
         try:
             await _CoordinatorStream(self, link).run()
@@ -130,6 +143,9 @@ class _CoordinatorStream:
         self._lender = lender
         self._link = link
         self._lease: Lease | None = None
+        self._spec: StageSpec | None = None
+        self._keep: dict[int, tuple[bytes, ...]] = {}
+        """Labels of the slots that are to be kept."""
         self._at_work: frames.Progress | None = None
         """What a beat says; None while waiting for the coordinator."""
 
@@ -141,7 +157,7 @@ class _CoordinatorStream:
                 nursery.cancel_scope.cancel()
         finally:
             if self._lease is not None:
-                self._lender.stages.release(self._lease)
+                self._lender.stages.release(self._lease, self._link.peer, self._to_keep())
             await self._link.aclose()
 
     async def _beat(self, scope: trio.CancelScope) -> None:
@@ -190,10 +206,23 @@ class _CoordinatorStream:
                 await self._working("fetch", self._load, frame)
             case frames.Forward():
                 await self._working("compute", self._forward, frame)
+            case frames.Cache():
+                pass  # the conversation remembers it
             case frames.Trim(slot, length):
                 await self._slot_call(slot, lambda stage, own: stage.trim(own, length))
+                if slot in self._keep:
+                    self._keep[slot] = self._keep[slot][: length // frames.LABEL_TOKENS]
             case frames.Drop(slot):
+                self._keep.pop(slot, None)
                 await self._slot_call(slot, lambda stage, own: stage.drop(own))
+            case frames.Fork(slot, into, length):
+                target = self._own(into)
+                await self._slot_call(slot, lambda stage, own: stage.fork(own, target, length))
+            case frames.Recall(slot, labels):
+                await self._recall(slot, labels)
+            case frames.Keep(slot, labels):
+                await self._slot_call(slot, lambda stage, own: _check_keep(stage.length(own), labels))
+                self._keep[slot] = labels
             case _:
                 raise AssertionError(f"the conversation let {frame!r} through")
 
@@ -232,11 +261,12 @@ class _CoordinatorStream:
 
     async def _load_untrusted(self, frame: frames.Load) -> frames.Ready:
         """Fetch and load. Raises any `OmniError`, which becomes a refusal."""
-        lender = self._lender
-        pick_engine(frame.engine)  # before anything is fetched for one that is not here
+        lender, cache = self._lender, self._link.conversation.cache
+        kv: KVKind = "full" if cache is None else cache.kv
+        pick_engine(frame.engine, kv=kv)  # before anything is fetched for one that is not here
         fetched = await self._fetch(frame, header_parts)
         about = await trio.to_thread.run_sync(describe_untrusted, lender.store, frame.model)
-        engine = pick_engine(frame.engine, about.spec)
+        engine = pick_engine(frame.engine, about.spec, kv)
         spec = StageSpec(about.spec, frame.first, frame.last, embed=frame.embed, head=frame.head)
         parts = stage_parts(about.model.manifest, spec)
         fetched += await self._fetch(frame, lambda _: parts)
@@ -250,7 +280,7 @@ class _CoordinatorStream:
 
             def begin() -> Stage:
                 return engine.load(
-                    spec, source, context=frame.context, slots=frames.LIMITS.slots, progress=progressed
+                    spec, source, context=frame.context, slots=frames.LIMITS.slots, kv=kv, progress=progressed
                 )
 
             return await thread.run(begin)
@@ -263,8 +293,11 @@ class _CoordinatorStream:
             frame.head,
             engine.name,
             frame.context,
+            kv,
         )
-        need = needed(about, spec, frame.context, engine.name)
+        tokens = frame.slots * frame.context if cache is None else cache.tokens
+        need = needed(about, spec, tokens, engine.name, kv)
+        self._spec = spec
         self._lease = await lender.stages.lease(key, frame.slots, need, load)
         return frames.Ready(self._lease.stage.nbytes, fetched)
 
@@ -291,16 +324,41 @@ class _CoordinatorStream:
         self._at_work = None
         await self._link.send(frames.Output(frame.seq, values))
 
+    async def _recall(self, slot: int, labels: tuple[bytes, ...]) -> None:
+        """Answer with what is kept for this very peer, as far as the slot has room for it."""
+        assert self._lease is not None  # the conversation: no slot before ready
+        most = self._link.conversation.room_left // frames.LABEL_TOKENS
+        held = 0
+        if most:
+            held = self._lender.stages.recall(self._lease, slot, self._link.peer, labels[:most])
+        await self._link.send(frames.Held(slot, held))
+
+    def _to_keep(self) -> dict[int, ToKeep]:
+        if self._spec is None or self._lease is None:
+            return {}
+        each = kv_bytes(self._spec.model, self._lease.warm.key.kv) * (self._spec.last - self._spec.first)
+        room = self._link.conversation.room
+        return {slot: ToKeep(labels, each * room(slot)) for slot, labels in self._keep.items() if labels}
+
+    def _own(self, slot: int) -> int:
+        assert self._lease is not None  # the conversation: no slot before ready
+        return self._lease.slots[slot]
+
     async def _slot_call(self, slot: int, call: Callable[[Stage, int], None]) -> None:
         assert self._lease is not None  # the conversation: no slot before ready
         await self._lease.warm.thread.run(call, self._lease.stage, self._lease.slots[slot])
 
 
-def needed(about: Description, spec: StageSpec, context: int, engine: str) -> Need:
-    """Memory of a stage, as the coordinator's planner reckons it."""
-    costs = ModelCosts.of(about.model.manifest, about.spec, tokens=context)
+def needed(about: Description, spec: StageSpec, tokens: int, engine: str, kv: KVKind = "full") -> Need:
+    """Memory of a stage whose slots hold `tokens` together, as the coordinator's planner reckons it."""
+    costs = ModelCosts.of(about.model.manifest, about.spec, tokens=tokens, kv=kv)
     weights = costs.weights(spec.first, spec.last) * footprint(engine)
     return Need(int(weights), costs.kv * (spec.last - spec.first))
+
+
+def _check_keep(length: int, labels: tuple[bytes, ...]) -> None:
+    if length < len(labels) * frames.LABEL_TOKENS:
+        raise InputError(f"{len(labels)} labels for a slot that holds {length} tokens")
 
 
 def _refusal_code(error: OmniError) -> str:
@@ -323,7 +381,7 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
     """Lend compute beside a node's other services, until it stops.
 
     Options: `memory_gb` (gigabytes; None for what is free now) and `allow` (peer IDs; `any` among them lets
-    everybody in; none lets nobody in). Raises `BadConfig` for others.
+    everybody in; none lets nobody in), `kept` (bytes for one peer's prompts). Raises `BadConfig` for others.
     """
     allow = frozenset(options.get("allow") or ())
     for peer in allow:
@@ -332,12 +390,16 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
                 f"--allow {peer!r} is not a peer ID",
                 remedy="`omni id` on that machine prints it; or say any.",
             )
-    lend = LendOptions(_bytes(options.get("memory_gb")), None if "any" in allow else allow)
+    lend = LendOptions(
+        _bytes(options.get("memory_gb")),
+        None if "any" in allow else allow,
+        options.get("kept", KEPT_BYTES),
+    )
     if not allow:
         _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
     weights = NetworkWeights(node.network, node.routing, node.store, node.download)
     lender = Lender(node.peer_id, node.store, weights, lend)
-    node.network.serve(frames.PROTOCOL, lender.serve)
+    lender.serve_on(node.network)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lender.expire)
         if allow:

@@ -108,6 +108,17 @@ class Config:
         " earlier ones whose beginnings may come again. None: one full context, whatever its length.",
         low=1 << 16, high=10**15,
     )  # fmt: skip
+    kv_q8: bool = setting(
+        False, "yes/no",
+        "Keep keys and values in 8 bits, in a quarter of the memory, unless --kv says otherwise: answers may"
+        " differ a little, and not every engine can.",
+    )  # fmt: skip
+    kv_kept: int = setting(
+        256 << 20, "bytes",
+        "Most memory, of what is lent, for prompts that a peer may come back to after its stream ended, each"
+        " peer: a few pages of a large model. 0 keeps nothing.",
+        low=0, high=10**13,
+    )  # fmt: skip
     window: int = setting(
         64 << 20, "bytes",
         "Most bytes a fetch has asked for and not received: a gigabit a second times half a second.",

@@ -23,7 +23,10 @@ def kv_group(head_dim: int) -> int:
 
 
 def kv_bytes(model: ModelSpec, kind: KVKind) -> int:
-    """Bytes that one token's keys and values take in one layer: at most, whichever engine keeps them."""
+    """Bytes that one token's keys and values take in one layer: at most, whichever engine keeps them.
+
+    ort keeps whole heads of a multiple of 16 elements.
+    """
     if kind == "q8":
         return 2 * model.kv_heads * (model.head_dim + 2 * model.head_dim // kv_group(model.head_dim))
-    return 2 * 4 * model.kv_width
+    return 2 * 4 * model.kv_heads * -(-model.head_dim // 16) * 16

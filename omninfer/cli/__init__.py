@@ -34,6 +34,9 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--context", type=click.IntRange(min=1), help="Most tokens of prompt and text together."
         ),
+        click.option(
+            "--kv", type=click.Choice(["full", "q8"]), help="q8 keeps keys and values in 8 bits: less memory."
+        ),
         click.option("--temperature", "--temp", type=float, help="0 is greedy; default 0.8."),
         click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all; default 40."),
         click.option("--top-p", type=float, help="Keep tokens up to this probability; default 0.95."),

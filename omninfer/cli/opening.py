@@ -15,10 +15,12 @@ from typing import Any, Final
 
 import trio
 
+from omninfer.arch import KVKind
 from omninfer.coordinator import Coordinator, RunOptions, Site, Told
 from omninfer.frames import Progress
 from omninfer.generation import Generation, GenerationParams, Shown, generate
 from omninfer.grammar import MAX_SCHEMA, JsonSchema
+from omninfer.labels import Labels
 from omninfer.sampling import SamplingParams
 from omninfer.sources import Description, describe_untrusted, header_parts
 from omninfer.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ from omnistore.cid import CID
 from omnistore.cli.home import config, home_store
 from omnistore.cli.names import find_named, is_published_name
 from omnistore.cli.output import Output, size
-from omnistore.config import load_key
+from omnistore.config import Config, load_key
 from omnistore.errors import BlockMissing, InputError, MalformedCID
 from omnistore.net.addresses import parse_dialable_untrusted
 from omnistore.node import NodeOptions, open_node
@@ -79,6 +81,8 @@ class Asked:
     engine: str
     context: int | None
     silence: float
+    kv: KVKind | None
+    """None: as the configuration says."""
     params: GenerationParams
     schema: str | None = None
     """JSON Schema that what is written has to satisfy."""
@@ -93,7 +97,7 @@ class Asked:
         params = GenerationParams(
             options["max_tokens"], tuple(options["stops"]), sampling, options["logprobs"]
         )
-        rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence")
+        rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence", "kv")
         schema = None if options["schema"] is None else _schema(options["schema"])
         return cls(params=params, schema=schema, **{name: options[name] for name in rest})
 
@@ -108,8 +112,9 @@ class OpenModel:
     tokenizer: Tokenizer
     site: Site
     schema: JsonSchema | None = None
+    kv: KVKind = "full"
     kv_memory: int | None = None
-    """Bytes for keys and values, as in the configuration."""
+    """How keys and values are kept and bytes for them, as in the configuration."""
     _told: dict[tuple[str, str], float] = field(default_factory=dict)
     """When each machine's phase was last spoken of, or began."""
     _spoken: set[tuple[str, str]] = field(default_factory=set)
@@ -130,6 +135,7 @@ class OpenModel:
             engine=self.asked.engine,
             context=context,
             kv_memory=self.kv_memory,
+            kv=self.kv,
             silence=self.asked.silence,
         )
         coordinator = Coordinator(self.site, self.about, options, Told(self._note, self._progress))
@@ -200,7 +206,7 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         with home_store() as store:
             alone = _Alone(load_key(store_config.home).public.peer_id)
             site = Site(alone, None, store, NetworkWeights(alone, None, store))
-            yield await _opened(asked, output, cid, site, store_config.kv_memory)
+            yield await _opened(asked, output, cid, site, store_config)
         return
     if not others and not store_config.bootstrap:
         raise InputError(
@@ -214,11 +220,12 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         routing = node.routing if store_config.bootstrap else None
         weights = NetworkWeights(node.network, routing, node.store, node.download)
         await weights.fetch(cid, header_parts, providers)
-        site = Site(node.network, routing, node.store, weights)
-        yield await _opened(asked, output, cid, site, store_config.kv_memory)
+        labels = Labels(load_key(store_config.home).seed)
+        site = Site(node.network, routing, node.store, weights, labels)
+        yield await _opened(asked, output, cid, site, store_config)
 
 
-async def _opened(asked: Asked, output: Output, cid: CID, site: Site, kv_memory: int | None) -> OpenModel:
+async def _opened(asked: Asked, output: Output, cid: CID, site: Site, settings: Config) -> OpenModel:
     about = await trio.to_thread.run_sync(describe_untrusted, site.store, cid)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_metadata_untrusted, about.metadata)
     schema = None
@@ -226,7 +233,8 @@ async def _opened(asked: Asked, output: Output, cid: CID, site: Site, kv_memory:
         schema = await trio.to_thread.run_sync(
             JsonSchema.parse_untrusted, asked.schema, tokenizer, about.spec.vocab
         )
-    return OpenModel(asked, output, about, tokenizer, site, schema, kv_memory)
+    kv = asked.kv or ("q8" if settings.kv_q8 else "full")
+    return OpenModel(asked, output, about, tokenizer, site, schema, kv, settings.kv_memory)
 
 
 def _look(text: str) -> tuple[CID, bool]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
-from omninfer.arch import ModelSpec
+from omninfer.arch import KVKind, ModelSpec
 from omninfer.engines.files import FileTensorSource
 from omninfer.engines.interface import (
     Engine,
@@ -78,9 +78,10 @@ class Verdict:
     """Why it is taken, or is not."""
 
 
-def weigh_engines(model: ModelSpec | None = None) -> Iterator[Verdict]:
+def weigh_engines(model: ModelSpec | None = None, kv: KVKind = "full") -> Iterator[Verdict]:
     """What auto makes of each engine, best first: mlx where a GPU answers, ort elsewhere, and numpy where
-    neither can be loaded, or has what `model` needs. Exactly one is taken; engines are imported as asked for.
+    neither can be loaded, or has what `model` needs, or keeps keys and values as `kv`. Exactly one is taken;
+    engines are imported as asked for.
 
     Without a GPU, MLX's CPU build multiplies with one thread and a reference BLAS: 1 to 2 tokens a second of
     a 1.1B model, where numpy does as well and ort a multiple (spec/decisions/0007-onnx-runtime-on-cpus).
@@ -97,7 +98,7 @@ def weigh_engines(model: ModelSpec | None = None) -> Iterator[Verdict]:
             passed.append(error.message)
             yield Verdict(name, None, False, error.message)
             continue
-        against = f"{taken} is faster here" if taken else _against(name, engine, model)
+        against = f"{taken} is faster here" if taken else _against(name, engine, model, kv)
         if against is None:
             taken = name
             yield Verdict(name, engine, True, "; ".join([_FOR[name], *passed]))
@@ -106,7 +107,7 @@ def weigh_engines(model: ModelSpec | None = None) -> Iterator[Verdict]:
             yield Verdict(name, engine, False, against)
 
 
-def _against(name: str, engine: Engine, model: ModelSpec | None) -> str | None:
+def _against(name: str, engine: Engine, model: ModelSpec | None, kv: KVKind) -> str | None:
     """What speaks against an engine that runs here."""
     if name == LAST_RESORT:
         return None
@@ -115,19 +116,23 @@ def _against(name: str, engine: Engine, model: ModelSpec | None) -> str | None:
     missing = model.features & ~engine.features if model is not None else None
     if missing:
         return "it lacks " + ", ".join(str(one.name) for one in missing) + ", which the model needs"
+    if kv not in engine.kv_kinds:
+        return f"it does not keep keys and values as {kv}"
     return None
 
 
-def choose_engine(name: str = "auto", model: ModelSpec | None = None) -> tuple[Engine, str]:
+def choose_engine(
+    name: str = "auto", model: ModelSpec | None = None, kv: KVKind = "full"
+) -> tuple[Engine, str]:
     """The engine to use, and why: `name`, or for "auto" what `weigh_engines` takes. Raises `BadConfig`."""
     if name != "auto":
         return get_engine(name), "it was asked for"
-    for verdict in weigh_engines(model):
+    for verdict in weigh_engines(model, kv):
         if verdict.taken and verdict.engine is not None:
             return verdict.engine, verdict.reason
     raise AssertionError("one engine is always taken")
 
 
-def pick_engine(name: str = "auto", model: ModelSpec | None = None) -> Engine:
+def pick_engine(name: str = "auto", model: ModelSpec | None = None, kv: KVKind = "full") -> Engine:
     """The engine to use, without the reason: see `choose_engine`."""
-    return choose_engine(name, model)[0]
+    return choose_engine(name, model, kv)[0]

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from omninfer.arch import Feature, ModelSpec
+from omninfer.arch import Feature, KVKind, ModelSpec
 from omninfer.engines.interface import (
     Hidden,
     StageSpec,
@@ -24,7 +24,14 @@ from omninfer.engines.interface import (
 )
 from omninfer.engines.packing import DECODABLE, F32, SUPPORTED, Bytes, decode
 from omnistore.chunker.ggml import nbytes
-from omnistore.errors import InferenceError, InputError, LocalProtocolError, MalformedGGUF, UnsupportedModel
+from omnistore.errors import (
+    BadConfig,
+    InferenceError,
+    InputError,
+    LocalProtocolError,
+    MalformedGGUF,
+    UnsupportedModel,
+)
 
 SLAB_BYTES: Final = 8 << 20
 """Packed bytes read at a time while loading: what a tensor takes beside its final form."""
@@ -85,6 +92,15 @@ def check_features(model: ModelSpec, known: Feature, engine: str) -> None:
         raise UnsupportedModel(
             f"the engine {engine} has no {', '.join(lacking)}, which {model.architecture} needs",
             remedy="try --engine numpy",
+        )
+
+
+def check_kv(kind: KVKind, known: Collection[KVKind], engine: str) -> None:
+    """Refuse to keep keys and values as an engine can not."""
+    if kind not in known:
+        raise BadConfig(
+            f"the engine {engine} does not keep keys and values as {kind}",
+            remedy=f"Leave out --kv {kind}, or take --engine numpy or --engine mlx, which do.",
         )
 
 

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec
+from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, KVKind, ModelSpec
 from omnistore.chunker.ggml import GGMLType
 from omnistore.errors import InputError
 
@@ -115,6 +115,9 @@ class Stage(Protocol):
     def length(self, slot: int) -> int:
         """Tokens held in the slot's cache."""
 
+    def cache_bytes(self, slot: int) -> int:
+        """Memory of a slot's keys and values; it grows in steps, and shrinks when the slot is emptied."""
+
     def trim(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
 
@@ -141,6 +144,10 @@ class Engine(Protocol):
     def features(self) -> Feature:
         """What it knows of transformer blocks; `load` refuses a model with more."""
 
+    @property
+    def kv_kinds(self) -> tuple[KVKind, ...]:
+        """How it can keep keys and values; `load` refuses any other."""
+
     def unavailable(self) -> str | None:
         """Why this engine can not run on this machine, or None if it can."""
 
@@ -154,10 +161,12 @@ class Engine(Protocol):
         *,
         context: int,
         slots: int = 1,
+        kv: KVKind = "full",
         progress: Progress | None = None,
     ) -> Stage:
         """Read the stage's tensors and be ready to run.
 
-        `context` is the most tokens a slot may hold. Raises `UnsupportedModel` naming the tensor whose
-        type the engine lacks, `MalformedGGUF` naming one of the wrong shape or size.
+        `context` is the most tokens a slot may hold, `kv` how its keys and values are kept. Raises
+        `UnsupportedModel` naming the tensor whose type the engine lacks, `MalformedGGUF` naming one of the
+        wrong shape or size, `BadConfig` for a `kv` that the engine has not.
         """

@@ -15,7 +15,7 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec
+from omninfer.arch import EMBEDDING, HEAD_NORM, KV_KINDS, Feature, KVKind
 from omninfer.engines.checks import StageLimits, check_tensors
 from omninfer.engines.interface import (
     Engine,
@@ -27,6 +27,7 @@ from omninfer.engines.interface import (
     Tokens,
     WhichLogits,
 )
+from omninfer.engines.mlx_cache import SlotCache
 from omninfer.engines.mlx_math import (
     activated,
     capped,
@@ -42,54 +43,8 @@ from omninfer.engines.slots import SlottedStage
 WAVES: Final = "wavelengths"
 LOCAL_WAVES: Final = "local wavelengths"
 """Names of what is kept with the vectors and is in no file: see `wavelengths`."""
-CACHE_STEP: Final = 256
-"""Tokens by which a slot's cache grows at least."""
 FREED_LIMIT: Final = 64 << 20
 """Bytes of freed arrays that MLX keeps for reuse on the CPU; its default is most of the machine's memory."""
-
-
-@dataclass(slots=True)
-class SlotCache:
-    """Keys and values of one slot: per layer [1, kv heads, capacity, head dim].
-
-    MLX arrays are values: a copied cache shares them until one of the two is written to, and an array
-    that only this cache holds is updated in place.
-    """
-
-    keys: list[Array]
-    values: list[Array]
-    length: int = 0
-
-    @classmethod
-    def empty(cls, layers: int, model: ModelSpec, dtype: Any) -> SlotCache:
-        shape = (1, model.kv_heads, 0, model.head_dim)
-        return cls(
-            [mx.zeros(shape, dtype) for _ in range(layers)],
-            [mx.zeros(shape, dtype) for _ in range(layers)],
-        )
-
-    def reserve(self, length: int, context: int) -> None:
-        for arrays in (self.keys, self.values):
-            for i, old in enumerate(arrays):
-                if old.shape[2] < length:
-                    capacity = min(context, -(-length // CACHE_STEP) * CACHE_STEP)
-                    more = mx.zeros((*old.shape[:2], capacity - old.shape[2], old.shape[3]), old.dtype)
-                    arrays[i] = mx.concatenate([old, more], axis=2)
-                    mx.eval(arrays[i])
-
-    def append(self, layer: int, keys: Array, values: Array, start: int) -> tuple[Array, Array]:
-        """Write at `start`, and answer everything up to the end of what was written."""
-        at = mx.array([start])
-        self.keys[layer] = mx.slice_update(self.keys[layer], keys, at, axes=(2,))
-        self.values[layer] = mx.slice_update(self.values[layer], values, at, axes=(2,))
-        stop = start + keys.shape[2]
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
-
-    def copy(self, length: int) -> SlotCache:
-        # Views; the next `reserve` copies what is seen of them.
-        keys, values = ([a[:, :, :length] for a in arrays] for arrays in (self.keys, self.values))
-        mx.eval(keys, values)
-        return SlotCache(keys, values, length)
 
 
 @dataclass(slots=True)
@@ -97,6 +52,7 @@ class MlxStage(SlottedStage[SlotCache]):
     """A stage of the mlx engine."""
 
     compute: Any
+    kv: KVKind
     matrices: dict[str, Matrix]
     vectors: dict[str, Array]
     nbytes: int
@@ -108,7 +64,7 @@ class MlxStage(SlottedStage[SlotCache]):
         self.limits.check_call(x, position, held)
         model = self.spec.model
         layers = self.spec.last - self.spec.first
-        cache = self._caches.get(slot) or SlotCache.empty(layers, model, self.compute)
+        cache = self._caches.get(slot) or SlotCache.empty(layers, model, self.kv, self.compute)
         cache.reserve(held + len(x), self.limits.context)
         outputs = []
         for piece in self.limits.pieces(len(x), held):
@@ -119,7 +75,7 @@ class MlxStage(SlottedStage[SlotCache]):
                 h = self._layer(i, h, cache, held + piece.start)
             if self.spec.head:
                 h = self._head(h[self.limits.head_rows(logits, piece, len(x))])
-            mx.eval(h, cache.keys, cache.values)
+            mx.eval(h, cache.arrays)
             outputs.append(np.array(h, dtype=np.float32))
         cache.length = held + len(x)
         self._caches[slot] = cache
@@ -159,10 +115,10 @@ class MlxStage(SlottedStage[SlotCache]):
         q, k, v = self._queries_keys_values(prefix, x)
         q = rotate(q.transpose(0, 2, 1, 3), rope, waves, start).astype(self.compute)
         k = rotate(k.transpose(0, 2, 1, 3), rope, waves, start).astype(self.compute)
-        keys, values = cache.append(index, k, v.transpose(0, 2, 1, 3).astype(self.compute), start)
         window = model.window_of(layer)
-        if window and count == 1:  # what a single token does not see need not be masked
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
+        v = v.transpose(0, 2, 1, 3).astype(self.compute)
+        # What a single token does not see need not be masked, nor read.
+        keys, values = cache.append(index, k, v, start, window if count == 1 else 0)
         seen = mask(count, keys.shape[2], window)
         if model.attention_cap:
             mixed = capped_attention(q, keys, values, model.attention_scale, model.attention_cap, seen)
@@ -234,6 +190,7 @@ class MlxEngine:
 
     name = "mlx"
     features = ~Feature.NONE
+    kv_kinds = KV_KINDS
 
     def __init__(self, compute: Any = None) -> None:
         self._compute = compute
@@ -251,6 +208,7 @@ class MlxEngine:
         *,
         context: int,
         slots: int = 1,
+        kv: KVKind = "full",
         progress: Progress | None = None,
     ) -> MlxStage:
         limits = StageLimits(spec, context, slots)
@@ -273,7 +231,7 @@ class MlxEngine:
         for waves, rope in ((WAVES, spec.model.rope), (LOCAL_WAVES, spec.model.local_rope)):
             vectors[waves] = wavelengths(rope, vectors.get(rope.divisors(context) or ""))
         mx.eval(vectors)
-        return MlxStage(limits, compute, matrices, vectors, total)
+        return MlxStage(limits, compute, kv, matrices, vectors, total)
 
 
 def engine() -> Engine:

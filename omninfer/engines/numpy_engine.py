@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from omninfer.arch import EMBEDDING, HEAD_NORM, Feature, ModelSpec, Rope
+from omninfer.arch import EMBEDDING, HEAD_NORM, KV_KINDS, Feature, KVKind, Rope
 from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.engines.checks import StageLimits, check_tensors
 from omninfer.engines.interface import (
@@ -27,6 +27,7 @@ from omninfer.engines.interface import (
     Tokens,
     WhichLogits,
 )
+from omninfer.engines.numpy_cache import SlotCache
 from omninfer.engines.numpy_math import (
     activated,
     capped,
@@ -47,43 +48,13 @@ DECODED_LIMIT: Final = 128 << 20
 memory rule (1.3 x packed + 300 MB) leaves beside the interpreter and the caches."""
 MAX_THREADS: Final = min(8, os.cpu_count() or 1)
 """Beyond these the memory's bandwidth is the limit."""
-CACHE_STEP: Final = 256
-"""Tokens by which a slot's cache grows at least."""
-
-
-@dataclass(slots=True)
-class SlotCache:
-    """Keys and values of one slot: per layer [kv heads, capacity, head dim]."""
-
-    keys: list[F32]
-    values: list[F32]
-    length: int = 0
-
-    @classmethod
-    def empty(cls, layers: int, model: ModelSpec) -> SlotCache:
-        shape = (model.kv_heads, 0, model.head_dim)
-        return cls(
-            [np.zeros(shape, np.float32) for _ in range(layers)],
-            [np.zeros(shape, np.float32) for _ in range(layers)],
-        )
-
-    def reserve(self, length: int, context: int) -> None:
-        for arrays in (self.keys, self.values):
-            for i, old in enumerate(arrays):
-                if old.shape[1] < length:
-                    capacity = min(context, -(-length // CACHE_STEP) * CACHE_STEP)
-                    arrays[i] = np.zeros((old.shape[0], capacity, old.shape[2]), np.float32)
-                    arrays[i][:, : old.shape[1]] = old
-
-    def copy(self, length: int) -> SlotCache:
-        keys, values = ([a[:, :length].copy() for a in arrays] for arrays in (self.keys, self.values))
-        return SlotCache(keys, values, length)
 
 
 @dataclass(slots=True)
 class NumpyStage(SlottedStage[SlotCache]):
     """A stage of the numpy engine."""
 
+    kv: KVKind
     matrices: dict[str, Matrix]
     vectors: dict[str, F32]
     threads: ThreadPoolExecutor
@@ -95,7 +66,7 @@ class NumpyStage(SlottedStage[SlotCache]):
         held = self.length(slot)
         self.limits.check_call(x, position, held)
         model = self.spec.model
-        cache = self._caches.get(slot) or SlotCache.empty(self.spec.last - self.spec.first, model)
+        cache = self._caches.get(slot) or SlotCache.empty(self.spec.last - self.spec.first, model, self.kv)
         cache.reserve(held + len(x), self.limits.context)
         outputs = []
         for piece in self.limits.pieces(len(x), held):
@@ -140,16 +111,15 @@ class NumpyStage(SlottedStage[SlotCache]):
     def _attention(self, index: int, x: F32, cache: SlotCache, start: int) -> F32:
         model, layer, count = self.spec.model, self.spec.first + index, len(x)
         prefix, stop, rope = f"blk.{layer}.", start + count, model.rope_of(layer)
-        keys, values = cache.keys[index], cache.values[index]
         q, k, v = self._queries_keys_values(prefix, x)
         angles = rope_angles(rope, start, count, self._divisors(rope))
-        keys[:, start:stop] = rotate(k, angles, rope).transpose(1, 0, 2)
-        values[:, start:stop] = v.transpose(1, 0, 2)
+        k = rotate(k, angles, rope).transpose(1, 0, 2)
+        keys, values = cache.append(index, k, v.transpose(1, 0, 2), start)
         # Neighbouring query heads share a key/value head: [kv heads, queries of a head, tokens, head dim].
         grouped = (
             rotate(q, angles, rope).transpose(1, 0, 2).reshape(model.kv_heads, -1, count, model.head_dim)
         )
-        scores = grouped @ keys[:, None, :stop].swapaxes(-1, -2) * np.float32(model.attention_scale)
+        scores = grouped @ keys[:, None].swapaxes(-1, -2) * np.float32(model.attention_scale)
         scores = capped(scores, model.attention_cap)
         distance = np.arange(start, stop)[:, None] - np.arange(stop)
         window = model.window_of(layer) or stop
@@ -158,7 +128,7 @@ class NumpyStage(SlottedStage[SlotCache]):
             weights = softmax_with_sink(scores, self.vectors[prefix + "attn_sinks.weight"])
         else:
             weights = softmax(scores)
-        mixed = weights @ values[:, None, :stop]
+        mixed = weights @ values[:, None]
         joined = mixed.reshape(model.heads, count, model.head_dim).transpose(1, 0, 2).reshape(count, -1)
         return self._linear(prefix + "attn_output", joined)
 
@@ -229,6 +199,7 @@ class NumpyEngine:
 
     name = "numpy"
     features = ~Feature.NONE
+    kv_kinds = KV_KINDS
 
     def unavailable(self) -> str | None:
         return None
@@ -243,6 +214,7 @@ class NumpyEngine:
         *,
         context: int,
         slots: int = 1,
+        kv: KVKind = "full",
         progress: Progress | None = None,
     ) -> NumpyStage:
         limits = StageLimits(spec, context, slots)
@@ -264,7 +236,7 @@ class NumpyEngine:
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-        return NumpyStage(limits, matrices, vectors, threads, total)
+        return NumpyStage(limits, kv, matrices, vectors, threads, total)
 
 
 def engine() -> Engine:

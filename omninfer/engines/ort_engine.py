@@ -21,8 +21,8 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
-from omninfer.arch import EMBEDDING, Feature
-from omninfer.engines.checks import PackedTensor, StageLimits, check_features, check_tensors
+from omninfer.arch import EMBEDDING, Feature, KVKind
+from omninfer.engines.checks import PackedTensor, StageLimits, check_features, check_kv, check_tensors
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -84,6 +84,11 @@ class SlotCache:
     """One for each segment; keeps the buffers bound."""
     length: int = 0
     make: Callable[[], SlotCache] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole context: pages that were not written yet take no memory."""
+        return sum(array.nbytes for pair in self.arrays for array in pair)
 
     def copy(self, length: int) -> SlotCache:
         assert self.make is not None
@@ -184,6 +189,7 @@ class OrtEngine:
 
     name = "ort"
     features = FEATURES
+    kv_kinds: tuple[KVKind, ...] = ("full",)
 
     def unavailable(self) -> str | None:
         return None
@@ -198,10 +204,12 @@ class OrtEngine:
         *,
         context: int,
         slots: int = 1,
+        kv: KVKind = "full",
         progress: Progress | None = None,
     ) -> OrtStage:
         limits = StageLimits(spec, context, slots)
         check_features(spec.model, FEATURES, self.name)
+        check_kv(kv, self.kv_kinds, self.name)
         tensors = check_tensors(spec, source)
         return _Loading(limits, tensors, source, progress).stage()
 

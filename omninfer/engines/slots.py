@@ -19,6 +19,10 @@ class Cache(Protocol):
     length: int
     """Tokens held; what lies beyond may be written over."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+
     def copy(self, length: int) -> Self:
         """A cache of the first `length` tokens that goes its own way from here."""
 
@@ -41,6 +45,10 @@ class SlottedStage(Generic[C]):
     def length(self, slot: int) -> int:
         self._check_open(slot)
         return self._caches[slot].length if slot in self._caches else 0
+
+    def cache_bytes(self, slot: int) -> int:
+        self._check_open(slot)
+        return self._caches[slot].nbytes if slot in self._caches else 0
 
     def trim(self, slot: int, length: int) -> None:
         self.limits.check_trim(length, self.length(slot))

@@ -17,6 +17,7 @@ import trio
 
 from omninfer import frames
 from omninfer.coordinator import Coordinator, RunOptions, Site, Told
+from omninfer.labels import Labels
 from omninfer.sources import describe_untrusted, header_parts
 from omninfer.stage import Lender, LendOptions
 from omninfer.testing.noise import noise_model
@@ -78,24 +79,35 @@ class Cluster:
     machines: dict[str, LendingMachine] = field(default_factory=dict)
 
     def lend(
-        self, name: str, *, memory: int = 1 << 30, allow: frozenset[str] | None = None
+        self,
+        name: str,
+        *,
+        memory: int = 1 << 30,
+        allow: frozenset[str] | None = None,
+        kept: int = 1 << 28,
+        caching: bool = True,
     ) -> LendingMachine:
+        """`caching`: whether it speaks version 1.1.0 too."""
         node, store = self.network.node(name), MemoryStore()
         weights = NetworkWeights(node, VirtualRouting(node, latency=0.0), store)
-        lender = Lender(name, store, weights, LendOptions(memory, allow))
-        node.serve(frames.PROTOCOL, lender.serve)
+        lender = Lender(name, store, weights, LendOptions(memory, allow, kept))
+        lender.serve_on(node)
+        if not caching:
+            node.refuse(frames.CACHING)
         self.machines[name] = LendingMachine(node, store, lender)
         return self.machines[name]
 
     @asynccontextmanager
     async def coordinate(self, options: RunOptions, name: str = "me") -> AsyncIterator[Coordinator]:
-        node, store = self.network.node(name), MemoryStore()
+        node, store = self.network.nodes.get(name) or self.network.node(name), MemoryStore()
         routing = VirtualRouting(node, latency=0.0)
         weights = NetworkWeights(node, routing, store)
         await weights.fetch(self.cid, header_parts)
         about = describe_untrusted(store, self.cid)
         told = Told(self.notes.append, lambda peer, progress: self.loads.append((peer, progress)))
-        coordinator = Coordinator(Site(node, routing, store, weights), about, options, told)
+        coordinator = Coordinator(
+            Site(node, routing, store, weights, Labels(name.encode())), about, options, told
+        )
         try:
             yield coordinator
         finally:

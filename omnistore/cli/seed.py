@@ -142,7 +142,12 @@ async def _run(output: Output, asked: _Seed) -> None:
             node.nursery.start_soon(daemon.keep_under_cap, partial(_tell_evicted, output))
             if asked.compute is not None:
                 node.start_service(
-                    "compute", {"memory_gb": asked.compute or None, "allow": list(asked.allow)}
+                    "compute",
+                    {
+                        "memory_gb": asked.compute or None,
+                        "allow": list(asked.allow),
+                        "kept": asked.settings.kv_kept,
+                    },
                 )
             addrs = list(node.network.addrs())
             web = await _answer_http(daemon)

@@ -106,6 +106,10 @@ class VirtualNode:
     def serve(self, protocol: str, server: StreamServer) -> None:
         self._servers[protocol] = server
 
+    def refuse(self, protocol: str) -> None:
+        """Speak a protocol no longer."""
+        self._servers.pop(protocol, None)
+
     def leave(self) -> None:
         """Die: every stream is reset, and nobody can dial it."""
         self.up = False

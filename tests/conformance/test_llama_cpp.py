@@ -52,3 +52,20 @@ def test_perplexity(name: str, model: str, request: pytest.FixtureRequest) -> No
     path = trained()[model]
     ids = text_ids(path)
     assert perplexity(ours(name, path, ids), ids) == pytest.approx(FIGURES[model], rel=0.005)
+
+
+@pytest.mark.parametrize("model", FIGURES)
+@pytest.mark.parametrize("name", ["numpy", "mlx"])
+def test_perplexity_with_keys_and_values_in_8_bits(
+    name: str, model: str, request: pytest.FixtureRequest
+) -> None:
+    """Heads of 24 (demo) and of 8 elements: the bounds that the README gives."""
+    demo = model.startswith("omni-demo")
+    if not demo:
+        request.getfixturevalue("shared")  # skips where those models are not
+    path = trained()[model]
+    ids = text_ids(path)
+    full, q8 = ours(name, path, ids), ours(name, path, ids, "q8")
+    assert perplexity(q8, ids) == pytest.approx(perplexity(full, ids), rel=0.0005 if demo else 0.005)
+    assert 0 < np.abs(q8 - full).max() < (0.4 if demo else 1.5)
+    assert cosine(q8, full) > (0.998 if demo else 0.996)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from omninfer.arch import KVKind
 from omninfer.engines import FileTensorSource, StageSpec, get_engine
 from omninfer.testing.parity import (
     CASES,
@@ -91,9 +92,9 @@ def theirs(path: Path, scratch: Path) -> float:
     return perplexity(oracle(path, ids, scratch), ids)
 
 
-def ours(engine: str, path: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+def ours(engine: str, path: Path, ids: NDArray[np.int32], kv: KVKind = "full") -> NDArray[np.float32]:
     source = FileTensorSource(path)
-    stage = get_engine(engine).load(StageSpec.whole(source.model()), source, context=len(ids))
+    stage = get_engine(engine).load(StageSpec.whole(source.model()), source, context=len(ids), kv=kv)
     return stage.forward(ids, slot=0, position=0, logits="all")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ VALID = [
         (Path(__file__).resolve().parents[2] / "spec" / "vectors" / "frames.json").read_text(encoding="utf-8")
     )["valid"]
 ]
-EVERY = f.COORDINATOR | f.LENDER
+EVERY = f.CACHING_COORDINATOR | f.CACHING_LENDER
 
 
 def load(*, embed: bool = True, head: bool = True, slots: int = 2, context: int = 16) -> f.Load:
@@ -58,6 +59,11 @@ any_frame: st.SearchStrategy[f.Frame] = st.one_of(
     st.sampled_from([load(), load(embed=False), load(head=False)]),
     st.builds(f.Trim, st.integers(0, 3), st.integers(0, 20)),
     st.builds(f.Drop, st.integers(0, 3)),
+    st.builds(f.Cache, st.integers(1, 600), st.sampled_from(["full", "q8"])),
+    st.builds(f.Fork, st.just(0), st.integers(1, 3), st.integers(0, 20)),
+    st.builds(f.Recall, st.integers(0, 3), st.just((bytes(16),))),
+    st.builds(f.Keep, st.integers(0, 3), st.just((bytes(16),))),
+    st.builds(f.Held, st.integers(0, 3), st.just(64)),
     st.just(f.Bye()),
     st.just(f.Profile("numpy", 10, 10, 1000)),
     st.just(f.Progress("load", 1, 2)),
@@ -139,7 +145,7 @@ def test_noise_is_refused_or_waits_for_more(noise: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(any_frame, max_size=20))
 def test_a_conversation_takes_any_order_without_any_other_error(frames: list[f.Frame]) -> None:
-    conversation = Conversation("lender")
+    conversation = Conversation("lender", caching=True)
     for frame in frames:
         before = conversation.state
         try:
@@ -236,3 +242,64 @@ def test_a_pong_must_answer_the_oldest_ping() -> None:
     with pytest.raises(RemoteProtocolError, match="answers no ping"):
         conversation.received_untrusted(f.Pong(b"1"))
     assert conversation.state is State.IDLE
+
+
+def caching(side: Literal["coordinator", "lender"], tokens: int = 512) -> Conversation:
+    """After a load in version 1.1.0; shown what both sides sent."""
+    conversation = Conversation(side, caching=True)
+    for frame in (f.Cache(tokens, "full"), load(context=512, slots=4), f.Ready(1, 0)):
+        conversation.sending(frame)
+    return conversation
+
+
+LABELS = (bytes(16), bytes(16))
+
+
+def test_the_older_version_knows_no_newer_frame() -> None:
+    for frame in (f.Cache(1, "full"), f.Fork(0, 1, 0), f.Recall(0, LABELS), f.Keep(0, LABELS), f.Held(0, 64)):
+        with pytest.raises(RemoteProtocolError):
+            Conversation("lender").received_untrusted(frame)
+        with pytest.raises(RemoteProtocolError):
+            ready().received_untrusted(frame)
+
+
+def test_memory_of_slots_is_counted_in_steps_until_they_are_empty() -> None:
+    one = caching("lender")
+    one.received_untrusted(f.Forward(0, 0, 0, (1, 2), True))
+    assert (one.room(0), one.room_left) == (256, 256)
+    one.received_untrusted(f.Fork(0, 1, 1))
+    assert (one.room(1), one.room_left) == (256, 0)
+    one.received_untrusted(f.Trim(0, 1))
+    with pytest.raises(RemoteProtocolError, match="slots of 768 tokens, and 512"):
+        one.received_untrusted(f.Forward(1, 2, 0, (1,), True))
+    one = caching("lender")
+    one.received_untrusted(f.Forward(0, 0, 0, (1, 2), True))
+    one.received_untrusted(f.Drop(0))
+    assert one.room_left == 512
+
+
+def test_a_recall_is_answered_once_and_for_as_much_as_was_asked() -> None:
+    for held in (f.Held(1, 64), f.Held(0, 192)):
+        one = caching("coordinator")
+        one.sending(f.Recall(0, LABELS))
+        with pytest.raises(RemoteProtocolError, match="answer no recall"):
+            one.received_untrusted(held)
+    one = caching("coordinator")
+    one.sending(f.Recall(0, LABELS))
+    with pytest.raises(LocalProtocolError, match="being recalled"):
+        one.sending(f.Forward(0, 0, 0, (1,), True))
+    one.received_untrusted(f.Held(0, 128))
+    assert one.room(0) == 256
+    with pytest.raises(RemoteProtocolError, match="answer no recall"):
+        one.received_untrusted(f.Held(0, 128))
+
+
+def test_a_slot_that_was_emptied_before_its_recall_was_answered_stays_empty() -> None:
+    one = caching("coordinator")
+    one.sending(f.Recall(0, LABELS))
+    one.sending(f.Drop(0))
+    one.sending(f.Forward(0, 0, 0, (1,), True))
+    one.received_untrusted(f.Held(0, 128))
+    one.sending(f.Drop(0))
+    assert one.room(0) == 0
+    one.sending(f.Recall(0, LABELS))

@@ -74,7 +74,7 @@ def options(cid: str, **changes: Any) -> dict[str, Any]:
     """What click passes on for `omni run CID --max-tokens 64 --temperature 0 …`."""
     unset = (
         "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
-        "frequency_penalty", "seed", "context", "logprobs", "schema",
+        "frequency_penalty", "seed", "context", "kv", "logprobs", "schema",
     )  # fmt: skip
     given = {"model": cid, "layers": "auto", "engine": "auto", "silence": 10.0, "max_tokens": 64}
     none: dict[str, Any] = dict.fromkeys(("lenders", "peers", "bootstrap", "stops", "biases"), ())
@@ -255,6 +255,45 @@ def test_with_layers_none_no_weights_come_here(
     assert answer["engine"] is None
     shown = json.loads(omni("show", cid, "--json", home=elsewhere).stdout)
     assert [part["part"] for part in shown["parts"] if part["held"]] == ["header.0"]
+
+
+def test_a_second_run_finds_its_prompt_at_the_lender_and_nobody_else_does(
+    published: Callable[[Path], str], omni: Run, home: Path, start_seed: StartSeed, tmp_path: Path
+) -> None:
+    cid, case = published(DEMO), demo_case(1)
+    prompt = ((case["prompt"] + case["text"]) * 2)[:-60]
+    lender = start_seed(home, "--compute", "--allow", "any")
+    for q8 in ((), ("--kv", "q8", "--engine", "numpy")):
+        words = ("--layers", "none", "--with", lender.addr, "--max-tokens", 8, *q8)
+        mine, other = tmp_path / "mine", tmp_path / "other"
+        first = run_json(omni, cid, prompt, *words, home=mine)
+        length = len(first["prompt_tokens"])
+        assert length > 128 and first["cached_tokens"] == 0
+        assert first["computed_tokens"] == length + len(first["tokens"]) - 1
+        again = run_json(omni, cid, prompt, *words, home=mine)
+        assert again["tokens"] == first["tokens"]
+        assert again["cached_tokens"] == (length - 1) // 64 * 64
+        assert again["computed_tokens"] == first["computed_tokens"] - again["cached_tokens"]
+        stranger = run_json(omni, cid, prompt, *words, home=other)
+        assert (stranger["tokens"], stranger["cached_tokens"]) == (first["tokens"], 0)
+
+
+def test_eight_bit_keys_and_values_are_an_option_and_a_setting(
+    published: Callable[[Path], str], omni: Run, home: Path
+) -> None:
+    cid, case = published(DEMO), demo_case(0)
+    answer = run_json(omni, cid, case["prompt"], "--max-tokens", 16, "--kv", "q8")
+    assert answer["engine"]["name"] == "numpy"
+    assert "ort: it does not keep keys and values as q8" in answer["engine"]["reason"]
+    refused = omni("run", cid, "--prompt", "x", "--kv", "q8", "--engine", "ort")
+    assert refused.returncode == 2
+    assert "the engine ort does not keep keys and values as q8" in refused.stderr
+    (home / "config.toml").write_text('kv_q8 = true\nkv_memory = "256KB"\n')
+    assert run_json(omni, cid, "Once", "--max-tokens", 2)["engine"]["name"] == "numpy"
+    assert run_json(omni, cid, "Once", "--max-tokens", 2, "--kv", "full", "--context", 16)["tokens"]
+    full = omni("run", cid, "--prompt", "Once", "--kv", "full")
+    assert full.returncode == 11
+    assert "kv_memory is" in full.stderr and "Raise kv_memory in config.toml" in full.stderr
 
 
 # --- losses and refusals --------------------------------------------------------------------

@@ -178,7 +178,9 @@ def test_doctor_where_no_engine_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -
 def without_mlx(name: str) -> Any:
     if name == "omninfer.engines.mlx_engine":
         raise ImportError("libmlx.so: cannot open shared object file")
-    return SimpleNamespace(engine=lambda: SimpleNamespace(name="numpy", unavailable=lambda: None))
+    return SimpleNamespace(
+        engine=lambda: SimpleNamespace(name="numpy", unavailable=lambda: None, kv_kinds=("full",))
+    )
 
 
 def test_mlx_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from omninfer.link import FrameLink
 from omninfer.sources import StoreTensorSource, describe_untrusted, header_parts, stage_parts
 from omninfer.testing.cluster import KEY, LAYERS, write_noise_gguf
 from omninfer.threads import ComputeThread
-from omninfer.warm import IDLE_SECONDS, Lease, Need, StageKey, WarmStages
+from omninfer.warm import IDLE_SECONDS, Lease, Need, StageKey, ToKeep, WarmStages
 from omnistore.block import BLOCK_SIZE, Block
 from omnistore.chunker.layout import part_of
 from omnistore.errors import (
@@ -48,10 +48,14 @@ class FakeStage:
 
     def __init__(self) -> None:
         self.dropped: list[int] = []
+        self.forked: list[tuple[int, int, int]] = []
         self.closed = threading.Event()
 
     def drop(self, slot: int) -> None:
         self.dropped.append(slot)
+
+    def fork(self, src: int, dst: int, length: int) -> None:
+        self.forked.append((src, dst, length))
 
     def close(self) -> None:
         self.closed.set()
@@ -74,7 +78,7 @@ def key(first: int) -> StageKey:
 
 
 async def lease(stages: WarmStages, loader: Loader, first: int, weights: int = 40, slots: int = 1) -> Lease:
-    return await stages.lease(key(first), slots, Need(weights, 5), loader)
+    return await stages.lease(key(first), slots, Need(weights, 5 * slots), loader)
 
 
 async def test_a_lease_takes_memory_and_gives_it_back() -> None:
@@ -139,6 +143,40 @@ async def test_a_load_that_fails_leaves_no_trace_and_two_at_once_load_once() -> 
         nursery.start_soon(lease, stages, loader, 0)
     assert len(loader.made) == 1
     assert stages.available == 50
+
+
+async def test_kept_slots_hold_memory_until_somebody_needs_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    stages, loader = WarmStages(100, kept_per_peer=20), Loader()
+    one = await lease(stages, loader, 0, slots=2)
+    stages.release(one, "anna", {1: ToKeep((b"a", b"b"), 5)})
+    assert stages.available == 100  # what is kept goes when it is asked for
+    two = await lease(stages, loader, 0)
+    assert two.slots == (0,)
+    assert stages.recall(two, 0, "bob", (b"a", b"b")) == 0
+    assert stages.recall(two, 0, "anna", (b"a", b"c")) == frames.LABEL_TOKENS
+    await two.warm.thread.run(lambda: None)
+    assert loader.made[0].forked == [(1, 0, frames.LABEL_TOKENS)]
+    with pytest.raises(PlanInfeasible):
+        await lease(stages, loader, 1, weights=60)
+    await lease(stages, loader, 1, weights=47)  # 45 + 5 kept + 52: the kept prompt has to go
+    await two.warm.thread.run(lambda: None)
+    assert loader.made[0].dropped == [0, 1]
+    assert stages.recall(two, 0, "anna", (b"a", b"b")) == 0
+
+
+async def test_kept_slots_are_given_up_for_a_lease_that_wants_all(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    stages, loader = WarmStages(1000, kept_per_peer=1000), Loader()
+    for name in ("a", "b"):
+        one = await lease(stages, loader, 0)
+        stages.release(one, "anna", {0: ToKeep((name.encode(),), 5)})
+        await trio.sleep(1)
+    one = await lease(stages, loader, 0, slots=frames.LIMITS.slots - 1)
+    assert stages.recall(one, 0, "anna", (b"a",)) == 0
+    assert stages.recall(one, 0, "anna", (b"b",)) == frames.LABEL_TOKENS
 
 
 # --- the thread -----------------------------------------------------------------------------
