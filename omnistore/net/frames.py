@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from omnistore.errors import RemoteProtocolError
-from omnistore.net.records import MAX_PLAINTEXT
 
 _HEADER: Final = struct.Struct("!BBHII")
 HEADER_SIZE: Final = _HEADER.size
-MAX_PAYLOAD: Final = MAX_PLAINTEXT - HEADER_SIZE
-"""Bytes of a data frame of ours: with its header, the most that one Noise record carries."""
+MAX_PAYLOAD: Final = 264 << 10
+"""Bytes of a data frame of ours: a quarter of a block and the message before it. What is written meanwhile
+waits until so much was sent; others take in frames as large as a window."""
 INITIAL_WINDOW: Final = 256 << 10
 """Bytes that a stream may carry before its receiver said anything."""
 

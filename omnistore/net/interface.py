@@ -36,12 +36,19 @@ class Stream(Protocol):
         """Whether a better connection to the peer stands by now, which a new stream would take."""
         ...
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything. Raises `PeerUnreachable` when the stream or connection broke."""
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
+        """Send everything, in order. Raises `PeerUnreachable` when the stream or connection broke."""
         ...
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """At least one byte, or `b""` at a clean end. Raises `PeerUnreachable` on a reset."""
+        ...
+
+    async def receive_into(self, room: memoryview) -> int:
+        """Fill `room`, which is not empty, or as much of it as comes without a pause: the bytes put there.
+
+        0 at a clean end. Raises `PeerUnreachable` on a reset.
+        """
         ...
 
     async def receive_exactly(self, count: int) -> bytes:

@@ -90,11 +90,11 @@ class Libp2pStream:
     """The library's connections."""
     _closed: bool = False
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything. Raises `PeerUnreachable` when the stream or connection broke."""
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
+        """Send everything, in order. Raises `PeerUnreachable` when the stream or connection broke."""
         with _translated(f"the stream to {self.peer} broke while sending"):
             # The muxed stream directly: the layer above it would copy and check once more.
-            await self.raw.muxed_stream.write(data)
+            await self.raw.muxed_stream.write(*data)
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """At least one byte, or `b""` at a clean end. Raises `PeerUnreachable` on a reset."""
@@ -102,6 +102,12 @@ class Libp2pStream:
             # The muxed stream directly: the layer above it would take a reset for an end.
             data: bytes = await self.raw.muxed_stream.receive_some(min(max_bytes, RECEIVE_SIZE))
         return data
+
+    async def receive_into(self, room: memoryview) -> int:
+        """Bytes put into `room`, one at least; 0 at a clean end. Raises `PeerUnreachable` on a reset."""
+        with _translated(f"the stream to {self.peer} broke while receiving"):
+            count: int = await self.raw.muxed_stream.receive_into(room)
+        return count
 
     async def receive_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises `PeerUnreachable` when the stream ends first."""

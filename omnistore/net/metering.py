@@ -76,15 +76,21 @@ class MeteredStream:
     def superseded(self) -> bool:
         return self.inner.superseded
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self.inner.send_all(data)
-        self.traffic.sent += len(data)
-        self.counts.sent += len(data)
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
+        await self.inner.send_all(*data)
+        count = sum(map(len, data))
+        self.traffic.sent += count
+        self.counts.sent += count
 
     async def receive_some(self, max_bytes: int) -> bytes:
         data = await self.inner.receive_some(max_bytes)
         self._received(len(data))
         return data
+
+    async def receive_into(self, room: memoryview) -> int:
+        count = await self.inner.receive_into(room)
+        self._received(count)
+        return count
 
     async def receive_exactly(self, count: int) -> bytes:
         data = await self.inner.receive_exactly(count)

@@ -4,8 +4,9 @@ Plaintext goes in through `receive_untrusted`, frames to be sent come out of `ne
 as an argument. What a peer may do is bounded: streams, bytes buffered, answers owed. Whatever breaks
 the protocol raises `RemoteProtocolError`, after which the connection is of no more use.
 
-Order of sending: control frames, then streams with little to send, then the others in turns of one
-frame, so that a small request never waits behind a bulk transfer. Windows begin at what the
+What arrives lies where it was decrypted until somebody takes it; a reader that waits may lend the memory
+that it is to lie in. Order of sending: control frames, then streams with little to send, then the others in
+turns of one frame, so that a small request never waits behind a bulk transfer. Windows begin at what the
 protocol says and grow while a stream uses half of one within a few round trips, as far as the
 connection's budget goes. Deliberately no socket, no tasks: `yamux` has those.
 """
@@ -39,8 +40,12 @@ class MuxLimits:
     """Bytes of answers owed to a peer that does not read them."""
     small: int = 16 << 10
     """A stream with no more than this to send goes first."""
-    batch: int = 256 << 10
-    """Bytes sent in one go."""
+    batch: int = f.MAX_PAYLOAD
+    """Bytes sent in one go: a frame of one stream, where no other has any."""
+    least: int = 64 << 10
+    """Bytes that a turn may be in any case, however little is left of a batch."""
+    prompt: float = 0.01
+    """Seconds after which a reader that lent room hears of what is in it, though it is not full."""
     linger: float = 120.0
     """Seconds that a stream we closed may wait for the peer's end without a byte arriving."""
     growth_trips: float = 1.5
@@ -55,7 +60,9 @@ LIMITS: Final = MuxLimits()
 class Pending:
     """Bytes on their way out."""
 
-    view: memoryview
+    views: deque[memoryview]
+    left: int
+    """Bytes that are in no frame yet."""
     done: bool = False
     """Whether the last of them is in a frame."""
 
@@ -85,6 +92,9 @@ class StreamState:
     """What the window is opened to."""
     opened_at: float = 0.0
     """When the window was opened last."""
+    room: memoryview | None = None
+    """Where its reader wants what arrives next; what is filled is cut off. None: nobody lent any."""
+    lent_at: float = 0.0
     active_at: float = 0.0
     pending: deque[Pending] = field(default_factory=deque)
     queued: bool = False
@@ -143,9 +153,9 @@ class Muxing:
         self._control += f.pack(f.WINDOW, f.SYN, stream.id, 0)
         return stream
 
-    def write(self, stream: StreamState, data: memoryview) -> Pending:
-        """Queue bytes; they must stay as they are until the result is `done` or `withdraw`n."""
-        pending = Pending(data)
+    def write(self, stream: StreamState, *data: memoryview) -> Pending:
+        """Queue bytes, not none; they must stay as they are until the result is `done` or `withdraw`n."""
+        pending = Pending(deque(data), sum(map(len, data)))
         stream.pending.append(pending)
         self._queue(stream)
         return pending
@@ -177,6 +187,15 @@ class Muxing:
         if not (stream.ended or stream.broken):
             self._open_window(stream, now)
         return found
+
+    def lend(self, stream: StreamState, room: memoryview, now: float) -> None:
+        """Have what arrives next put into `room`, when all that was received is taken; `reclaim` follows."""
+        stream.room, stream.lent_at = room, now
+
+    def reclaim(self, stream: StreamState) -> int:
+        """Nothing is put there from now on; the bytes of it that are left."""
+        left, stream.room = len(stream.room or b""), None
+        return left
 
     def close(self, stream: StreamState) -> None:
         """Send no more than is pending."""
@@ -219,31 +238,32 @@ class Muxing:
 
     # --- what leaves ------------------------------------------------------------------------
 
-    def next_frames(self) -> list[tuple[bytes, memoryview]]:
-        """What to send now, headers and payloads: a batch at most, nothing if there is nothing."""
-        found: list[tuple[bytes, memoryview]] = []
+    def next_frames(self) -> list[bytes | memoryview]:
+        """What to send now, headers and payloads in order: a batch at most, nothing if there is nothing."""
+        found: list[bytes | memoryview] = []
         if self._control:
-            found.append((bytes(self._control[:_CONTROL_BATCH]), memoryview(b"")))
+            found.append(bytes(self._control[:_CONTROL_BATCH]))
             del self._control[:_CONTROL_BATCH]
         budget = self.limits.batch
         # Half a batch is the bulk's, whatever comes in small.
         reserved = budget // 2 if self._bulk else 0
         while budget > 0 and (self._small or self._bulk):
             small = self._small and (budget > reserved or not self._bulk)
-            budget -= self._send_from((self._small if small else self._bulk).popleft(), found)
+            most = max(budget, self.limits.least)
+            budget -= self._send_from((self._small if small else self._bulk).popleft(), found, most)
         return found
 
-    def _send_from(self, stream: StreamState, found: list[tuple[bytes, memoryview]]) -> int:
+    def _send_from(self, stream: StreamState, found: list[bytes | memoryview], most: int) -> int:
         """Take one frame from a stream; its size."""
         stream.queued = False
         if stream.broken or not stream.pending:
             return 0
         pending = stream.pending[0]
-        size = min(len(pending.view), stream.send_window, f.MAX_PAYLOAD)
-        found.append((f.pack(f.DATA, 0, stream.id, size), pending.view[:size]))
+        size = min(pending.left, stream.send_window, most, f.MAX_PAYLOAD)
+        found.append(f.pack(f.DATA, 0, stream.id, size))
+        _move(pending, size, found)
         stream.send_window -= size
-        pending.view = pending.view[size:]
-        if not pending.view:
+        if not pending.left:
             stream.pending.popleft()
             pending.done = True
             self.touched.add(stream)
@@ -256,7 +276,7 @@ class Muxing:
         if stream.queued or not stream.pending or stream.send_window <= 0 or stream.broken:
             return
         stream.queued = True
-        total = sum(len(pending.view) for pending in stream.pending)
+        total = sum(pending.left for pending in stream.pending)
         (self._small if total <= self.limits.small else self._bulk).append(stream)
 
     def _finish(self, stream: StreamState) -> None:
@@ -337,6 +357,22 @@ class Muxing:
         if not header.value and stream is not None:
             self._flagged(stream, header.flags)
 
+    def room(self, size: int) -> memoryview | None:
+        """Where a reader wants the next `size` bytes, if they are all its stream's and it lent that much."""
+        stream = self._into
+        if self._body < size or stream is None or stream.room is None or stream.broken:
+            return None
+        return stream.room[:size] if len(stream.room) >= size > 0 else None
+
+    def filled_untrusted(self, size: int, now: float) -> None:
+        """They are there. Raises `RemoteProtocolError`."""
+        stream = self._into
+        assert stream is not None, "room was given for it"
+        self._body -= size
+        self._filled(stream, size, now)
+        if not self._body:
+            self._flagged(stream, self._flags)
+
     def _check_known(self, header: f.Header) -> None:
         """What was sent before the peer knew that we had ended a stream is to be expected."""
         ours = header.stream % 2 == self._initiator
@@ -365,12 +401,28 @@ class Muxing:
         # A reset in the middle of a frame: the rest of it is still to be passed over.
         if stream is None or stream.broken:
             return
-        stream.received.append(piece)
-        stream.buffered += len(piece)
-        self.buffered += len(piece)
-        self.touched.add(stream)
+        if stream.room:
+            fits = min(len(piece), len(stream.room))
+            stream.room[:fits] = piece[:fits]
+            self._filled(stream, fits, now)
+            piece = piece[fits:]
+        if piece:
+            stream.received.append(piece)
+            stream.buffered += len(piece)
+            self.buffered += len(piece)
+            self.touched.add(stream)
         if not self._body:
             self._flagged(stream, self._flags)
+
+    def _filled(self, stream: StreamState, size: int, now: float) -> None:
+        """So much of the lent room has its bytes: they count as taken."""
+        assert stream.room is not None, "it was just written to"
+        stream.room = stream.room[size:]
+        stream.active_at = now
+        self._open_window(stream, now)
+        # A reader wants all of it, and would only come back for more: it is told of less when time passes.
+        if not stream.room or now - stream.lent_at >= self.limits.prompt:
+            self.touched.add(stream)
 
     def _window_opened(self, stream: StreamState, by: int) -> None:
         stream.send_window += by
@@ -397,6 +449,8 @@ class Muxing:
     def _open_window(self, stream: StreamState, now: float) -> None:
         """Let the peer send again once half of the window was used; small grants make small frames."""
         due = stream.target - stream.receive_window - stream.buffered
+        if stream is self._into:
+            due -= self._body
         if due * 2 < stream.target:
             return
         fast = self.round_trip is not None and now - stream.opened_at < self.limits.growth_trips * (
@@ -432,3 +486,17 @@ class Muxing:
             self._grown -= stream.target - f.INITIAL_WINDOW
             if stream.id % 2 != self._initiator:
                 self._inbound -= 1
+
+
+def _move(pending: Pending, size: int, found: list[bytes | memoryview]) -> None:
+    """Move `size` bytes from the front of what is pending to `found`."""
+    pending.left -= size
+    while size:
+        view = pending.views[0]
+        if len(view) > size:
+            pending.views[0] = view[size:]
+            view = view[:size]
+        else:
+            pending.views.popleft()
+        found.append(view)
+        size -= len(view)

@@ -1,15 +1,16 @@
 """Noise transport records, many at a time (pure: bytes in, bytes out; the handshake is the library's).
 
 A record is two bytes of length, then ChaCha20-Poly1305 of at most 65,519 bytes, under a counter that
-both sides keep. `Opener` is read into by a socket and decrypts every whole record it holds; `Sealer`
-packs frames into as few records as they fit and seals a batch of them into one buffer. Deliberately
-no socket and no muxer: those are `yamux`'s and `muxing`'s.
+both sides keep. `Opener` is read into by a socket and decrypts every whole record it holds, into the
+memory that is meant for its contents where that is known; `Sealer` seals a batch of pieces into one buffer,
+large ones from where they lie. Deliberately no socket and no muxer: those are `yamux`'s and `muxing`'s.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 
@@ -27,13 +28,34 @@ SMALL_BUFFER: Final = 4 << 10
 """Bytes of an idle connection's buffer: a node has hundreds of those."""
 LARGE_BUFFER: Final = 512 << 10
 """Bytes of a busy one's: some eight records for each call into the kernel."""
+SHARED: Final = 16 << 10
+"""A piece of no more than this is copied, to share a record: copying it costs less than a record more."""
+
+_NONCE: Final = struct.Struct("<4xQ")
+_SIZE: Final = struct.Struct(">H")
+
+
+class Taker(Protocol):
+    """What becomes of plaintexts, one after the other: `muxing`, or a list in a test."""
+
+    def room(self, size: int) -> memoryview | None:
+        """Where the next `size` bytes belong, if all of them belong together: `filled` follows."""
+        ...
+
+    def filled_untrusted(self, size: int, now: float) -> None:
+        """They are there. Raises `RemoteProtocolError`."""
+        ...
+
+    def receive_untrusted(self, plaintext: bytes, now: float) -> None:
+        """Take in what one record carried. Raises `RemoteProtocolError`."""
+        ...
 
 
 class Opener:
     """The receiving half: a buffer that a socket fills, and the records in it."""
 
     def __init__(self, key: Any, nonce: int = 0) -> None:
-        """`key`: an AEAD with `decrypt(nonce, data, None)`; `nonce`: of the first record to come."""
+        """`key`: an AEAD with `decrypt` and `decrypt_into`; `nonce`: of the first record to come."""
         self._key = key
         self._nonce = nonce
         self._buffer = bytearray(SMALL_BUFFER)
@@ -49,27 +71,28 @@ class Opener:
         """Where the socket may write next; never empty."""
         return memoryview(self._buffer)[self._end :]
 
-    def receive_untrusted(self, count: int) -> list[bytes]:
-        """The plaintexts that the `count` bytes just written complete. Raises `RemoteProtocolError`."""
-        end, position, found = self._end + count, 0, []
+    def receive_untrusted(self, count: int, taker: Taker, now: float) -> None:
+        """Give the plaintexts that the `count` bytes just written complete to `taker`, with the time.
+
+        Raises `RemoteProtocolError`, after which it is useless.
+        """
+        end, position = self._end + count, 0
         full = end == len(self._buffer)
-        size = 0
-        view = memoryview(self._buffer)
-        while end - position >= LENGTH:
-            size = LENGTH + int.from_bytes(view[position : position + LENGTH], "big")
-            if size < LENGTH + TAG:
-                raise RemoteProtocolError(f"a record of {size - LENGTH} bytes, shorter than its tag")
-            if position + size > end:
-                break
-            found.append(self._open(view[position + LENGTH : position + size]))
-            position += size
-        view.release()
+        with memoryview(self._buffer) as view:
+            while end - position >= LENGTH:
+                start = position + LENGTH
+                size = view[position] << 8 | view[position + 1]
+                if size < TAG:
+                    raise RemoteProtocolError(f"a record of {size} bytes, shorter than its tag")
+                if start + size > end:
+                    break
+                self._open(view[start : start + size], taker, now)
+                position = start + size
         self._end = end - position
         if position:
             self._buffer[: self._end] = self._buffer[position:end]
         if full:
             self._grow()
-        return found
 
     def end_untrusted(self) -> None:
         """The connection ended here. Raises `RemoteProtocolError` if that cut a record."""
@@ -81,17 +104,27 @@ class Opener:
         if not self._end and len(self._buffer) > SMALL_BUFFER:
             self._buffer = bytearray(SMALL_BUFFER)
 
-    def _open(self, record: memoryview) -> bytes:
+    def _open(self, record: memoryview, taker: Taker, now: float) -> None:
         if self._nonce >= MAX_NONCE:
             raise RemoteProtocolError("sent more records than its key is good for")
+        nonce = _NONCE.pack(self._nonce)
+        size = len(record) - TAG
+        room = taker.room(size)
+        plaintext = b""
         try:
-            plaintext: bytes = self._key.decrypt(_nonce(self._nonce), record, None)
+            if room is None:
+                plaintext = self._key.decrypt(nonce, record, None)
+            else:
+                self._key.decrypt_into(nonce, record, None, room)
         except InvalidTag:
             raise RemoteProtocolError(
                 f"record {self._nonce} is not authentic: forged, replayed or out of order"
             ) from None
         self._nonce += 1
-        return plaintext
+        if room is None:
+            taker.receive_untrusted(plaintext, now)
+        else:
+            taker.filled_untrusted(size, now)
 
     def _grow(self) -> None:
         """More room: the last read filled it. The largest record fits the largest buffer many times."""
@@ -103,10 +136,10 @@ class Opener:
 
 
 class Sealer:
-    """The sending half: frames in, one buffer of records out."""
+    """The sending half: pieces in, one buffer of records out."""
 
     def __init__(self, key: Any, nonce: int = 0) -> None:
-        """`key`: an AEAD with `encrypt_into(nonce, data, None, out)`."""
+        """`key`: an AEAD with `encrypt_into`."""
         self._key = key
         self._nonce = nonce
         self._plain = bytearray()
@@ -117,53 +150,53 @@ class Sealer:
         """Bytes of memory it takes."""
         return len(self._plain) + len(self._out)
 
-    def seal(self, frames: Sequence[tuple[bytes, memoryview]]) -> memoryview:
-        """Records carrying every (header, payload) in order; valid until the next call.
+    def seal(self, pieces: Sequence[bytes | memoryview]) -> memoryview:
+        """Records carrying every piece in order; valid until the next call.
 
-        Frames share a record as long as they fit it, and none that fits one is cut. Raises
-        `LocalProtocolError` when the key is used up.
+        Small pieces share a record as long as they fit it, and none of them is cut; a large one fills
+        records of its own, up to an end that is small. Raises `LocalProtocolError` when the key is used up.
         """
-        total = sum(len(header) + len(payload) for header, payload in frames)
-        self._reserve(total, len(frames))
-        out = memoryview(self._out)
-        plain = memoryview(self._plain)
+        self._reserve(sum(map(len, pieces)), len(pieces))
+        out, plain = memoryview(self._out), memoryview(self._plain)
         filled = position = 0
-        for header, payload in frames:
-            size = len(header) + len(payload)
-            if filled + size > MAX_PLAINTEXT:
+        for piece in pieces:
+            start, size = 0, len(piece)
+            if size > SHARED:
                 position = self._seal(plain[:filled], out, position)
                 filled = 0
-            plain[filled : filled + len(header)] = header
-            plain[filled + len(header) : filled + size] = payload
-            filled += size
-        if filled:
-            position = self._seal(plain[:filled], out, position)
-        return out[:position]
+            while size - start > SHARED:
+                end = min(start + MAX_PLAINTEXT, size)
+                position = self._seal(piece[start:end], out, position)
+                start = end
+            rest = size - start
+            if filled + rest > MAX_PLAINTEXT:
+                position = self._seal(plain[:filled], out, position)
+                filled = 0
+            plain[filled : filled + rest] = piece[start:]
+            filled += rest
+        return out[: self._seal(plain[:filled], out, position)]
 
     def relax(self) -> None:
         """Give memory back; not while what `seal` returned is in use."""
         self._plain, self._out = bytearray(), bytearray()
 
-    def _seal(self, plain: memoryview, out: memoryview, position: int) -> int:
+    def _seal(self, plain: bytes | memoryview, out: memoryview, position: int) -> int:
         if not plain:
             return position
         if self._nonce >= MAX_NONCE:
             raise LocalProtocolError("the key of this connection is used up")
         size = len(plain) + TAG
-        out[position : position + LENGTH] = size.to_bytes(LENGTH, "big")
+        _SIZE.pack_into(out, position, size)
         position += LENGTH
-        self._key.encrypt_into(_nonce(self._nonce), plain, None, out[position : position + size])
+        nonce = _NONCE.pack(self._nonce)
+        self._key.encrypt_into(nonce, plain, None, out[position : position + size])
         self._nonce += 1
         return position + size
 
-    def _reserve(self, total: int, frames: int) -> None:
-        # Each frame may need a record of its own, never more.
-        needed = total + frames * (LENGTH + TAG)
+    def _reserve(self, total: int, pieces: int) -> None:
+        # Full records, and for each piece the one before it and its own last one, which may not be full.
+        needed = total + (total // MAX_PLAINTEXT + 2 * pieces + 1) * (LENGTH + TAG)
         if needed > len(self._out):
             self._out = bytearray(max(needed, SMALL_BUFFER))
         if len(self._plain) < min(total, MAX_PLAINTEXT):
             self._plain = bytearray(MAX_PLAINTEXT if total > SMALL_BUFFER else SMALL_BUFFER)
-
-
-def _nonce(count: int) -> bytes:
-    return b"\0\0\0\0" + count.to_bytes(8, "little")

@@ -1,7 +1,8 @@
 """Connections of our own: Noise records and Yamux over py-libp2p's handshake, same bytes on the wire.
 
 The trio shell around `records` and `muxing`. One task reads: the socket fills a buffer, every whole
-record in it is decrypted, and every frame taken in, without awaiting. Whoever writes sends at once if
+record in it is decrypted, into a waiting reader's own memory if there is one, and every frame taken in,
+without awaiting. Whoever writes sends at once if
 nobody else is sending; else one task sends what all have queued, a batch at a time. A batch once
 sealed is sent whole, whoever is cancelled. A third task pings, and closes the connection when
 nothing comes back (`Liveness`).
@@ -15,6 +16,7 @@ Deliberately not here: the handshake, and agreeing on a muxer; both stay the lib
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -59,17 +61,42 @@ class _Wire(Protocol):
 
 
 class _SocketWire:
-    """A TCP socket, without the layers above it."""
+    """A TCP socket, without the layers above it, trio's own included: half of a call's time is theirs."""
 
     def __init__(self, socket: trio.socket.SocketType) -> None:
         self._socket = socket
 
     async def receive_into(self, room: memoryview) -> int:
-        count: int = await self._socket.recv_into(room)
-        return count
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            count = os.readv(self._socket.fileno(), (room,))
+        except BlockingIOError:
+            pass
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return count
+        while True:
+            await trio.lowlevel.wait_readable(self._socket.fileno())
+            try:
+                return os.readv(self._socket.fileno(), (room,))
+            except BlockingIOError:
+                continue
 
     async def send(self, data: memoryview) -> int:
-        return await self._socket.send(data)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            count = os.write(self._socket.fileno(), data)
+        except BlockingIOError:
+            pass
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return count
+        while True:
+            await trio.lowlevel.wait_writable(self._socket.fileno())
+            try:
+                return os.write(self._socket.fileno(), data)
+            except BlockingIOError:
+                continue
 
 
 class _LayeredWire:
@@ -113,7 +140,8 @@ class MuxedStream:
         if not self._state.received:
             await self._wait_for_bytes()
         else:
-            await trio.lowlevel.checkpoint()
+            # Others need no turn: who only takes what is there soon has taken a window, and waits.
+            await trio.lowlevel.checkpoint_if_cancelled()
         pieces = self._connection.take(self._state, most)
         return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
 
@@ -131,6 +159,30 @@ class MuxedStream:
         await trio.lowlevel.checkpoint()
         return b"".join(pieces)
 
+    async def receive_into(self, room: memoryview) -> int:
+        """Fill `room`, not empty, or as much of it as comes without a pause; 0 at the peer's end.
+
+        Raises `MuxedStreamReset`. Cancelled, it has taken what arrived.
+        """
+        state = self._state
+        count = 0
+        for piece in self._connection.take(state, len(room)):
+            room[count : count + len(piece)] = piece
+            count += len(piece)
+        if count == len(room) or state.ended:
+            await trio.lowlevel.checkpoint()
+            return count
+        lent = len(room) - count
+        self._connection.lend(state, room[count:])
+        try:
+            while not (state.ended or state.broken or len(state.room or b"") < lent):
+                await self._news.park()
+        finally:
+            count = len(room) - self._connection.reclaim(state)
+        if not count and state.broken:
+            raise MuxedStreamReset(state.broken)
+        return count
+
     async def read(self, n: int | None = None) -> bytes:
         """As the library reads: `MuxedStreamEOF` at the end, everything there is without `n`."""
         if n == 0:
@@ -140,18 +192,18 @@ class MuxedStream:
             raise MuxedStreamEOF("the peer ended the stream")
         return data
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything. Raises `MuxedStreamReset` or `MuxedStreamClosed`."""
+    async def write(self, *data: bytes | bytearray | memoryview) -> None:
+        """Send everything, in order. Raises `MuxedStreamReset` or `MuxedStreamClosed`."""
         state = self._state
         if state.broken:
             raise MuxedStreamReset(state.broken)
         if state.closing:
             raise MuxedStreamClosed("the stream was closed here")
-        view = memoryview(data).cast("B")
-        if not view:
+        views = [view for piece in data if (view := memoryview(piece).cast("B"))]
+        if not views:
             await trio.lowlevel.checkpoint()
             return
-        pending = self._connection.queue(state, view)
+        pending = self._connection.queue(state, *views)
         try:
             await self._connection.push()
             while not (pending.done or state.broken):
@@ -317,9 +369,17 @@ class Connection:
         self._nudge()
         return pieces
 
-    def queue(self, state: StreamState, data: memoryview) -> Pending:
+    def lend(self, state: StreamState, room: memoryview) -> None:
+        """Have what arrives next put there; `reclaim` follows."""
+        self._core.lend(state, room, trio.current_time())
+
+    def reclaim(self, state: StreamState) -> int:
+        """Nothing is put there from now on; how much room is left."""
+        return self._core.reclaim(state)
+
+    def queue(self, state: StreamState, *data: memoryview) -> Pending:
         """Have bytes sent in their turn; `push` next."""
-        return self._core.write(state, data)
+        return self._core.write(state, *data)
 
     def withdraw(self, state: StreamState, pending: Pending) -> None:
         """What is left of them is not to be sent."""
@@ -385,7 +445,10 @@ class Connection:
     async def _read(self) -> None:
         core, opener, wire = self._core, self._opener, self._wire
         try:
-            self._take_in_untrusted([self._first] if self._first else [])
+            now = self._received_at = trio.current_time()
+            if self._first:
+                core.receive_untrusted(self._first, now)
+            self._took_in()
             while core.gone_away is None:
                 with opener.room() as room:
                     count = await wire.receive_into(room)
@@ -394,7 +457,11 @@ class Connection:
                     core.end_untrusted()
                     self._end("the peer closed it")
                     return
-                self._take_in_untrusted(opener.receive_untrusted(count))
+                now = self._received_at = trio.current_time()
+                try:
+                    opener.receive_untrusted(count, core, now)
+                finally:
+                    self._took_in()
                 if count > SMALL_BUFFER:
                     self._busy_at = self._received_at
                 elif self._received_at - self._busy_at > self._liveness.patience:
@@ -405,13 +472,9 @@ class Connection:
         except Exception as error:  # noqa: BLE001  # the library's layers, where there are any, raise what they like
             self._end(f"it broke: {error!r}")
 
-    def _take_in_untrusted(self, plaintexts: list[bytes]) -> None:
-        now = self._received_at = trio.current_time()
-        try:
-            for plaintext in plaintexts:
-                self._core.receive_untrusted(plaintext, now)
-        finally:
-            self._wake_streams()
+    def _took_in(self) -> None:
+        """Tell those concerned, and send what is owed."""
+        self._wake_streams()
         if self._core.opened:
             self._arrivals.unpark_all()
         self._nudge()

@@ -71,13 +71,13 @@ class FileStore:
         found = {nodes[digest] for digest in self.index.held_nodes(nodes.keys())}
         return found | {blocks[digest] for digest in self.index.held_blocks(blocks.keys())}
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         if cid.codec == DAG_CBOR:
             return self._read_node(cid)
         fault: SourceChanged | DigestMismatch | None = None
         for location in self.index.locations(cid.digest):
             try:
-                block = read_location(location, cid)
+                block = read_location(location, cid, room)
                 self._used[location.file.id] = time.time()
                 return block
             except (SourceChanged, DigestMismatch) as error:
@@ -301,15 +301,22 @@ def other_name(file: StoredFile) -> Path:
     return file.path if file.partial else part_path(file.path)
 
 
-def read_location(location: Location, cid: CID) -> Block:
-    """The block at a place, digest checked. Raises `SourceChanged` or `DigestMismatch`, naming the file."""
+def read_location(location: Location, cid: CID, room: memoryview | None = None) -> Block:
+    """The block at a place, digest checked; in `room` if it fits there.
+
+    Raises `SourceChanged` or `DigestMismatch`, naming the file.
+    """
     file = location.file
     try:
         fd = _open(file)
     except OSError as error:
         raise _changed(file, f"can not be opened: {error.strerror}") from None
     try:
-        data = os.pread(fd, location.length, location.offset)
+        data: bytes | memoryview
+        if room is None or len(room) < location.length:
+            data = os.pread(fd, location.length, location.offset)
+        else:
+            data = room[: os.preadv(fd, [room[: location.length]], location.offset)]
         same = _stamp(os.fstat(fd)) == (file.size, file.mtime_ns, file.inode)
     except OSError as error:
         raise DigestMismatch(

@@ -117,9 +117,10 @@ class Store(Protocol):
         """Those of `cids` that are held."""
         ...
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         """The bytes, digest re-checked from disk on every call.
 
+        They may lie in `room`, if that is large enough: then only for as long as nobody writes there.
         Raises `BlockMissing`, `SourceChanged` (file moved or rewritten) or `DigestMismatch` (rotten);
         after either of the last two the block is no longer `has`.
         """

@@ -55,7 +55,7 @@ class MemoryStore:
     def held(self, cids: Iterable[CID]) -> set[CID]:
         return {cid for cid in cids if cid in self._blocks}
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         data = self._blocks.get(cid)
         if data is None:
             raise BlockMissing(f"block {cid} is not held here")

@@ -157,7 +157,11 @@ class VirtualStream:
     def peer(self) -> str:
         return self.remote.peer_id
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
+        for one in data:
+            await self._send(one)
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
         pipe = self.outgoing
         network = self.local.network
         await trio.lowlevel.checkpoint()
@@ -210,6 +214,11 @@ class VirtualStream:
     def superseded(self) -> bool:
         """There is one connection to each peer."""
         return False
+
+    async def receive_into(self, room: memoryview) -> int:
+        data = await self.receive_some(len(room))
+        room[: len(data)] = data
+        return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:
         found = b""

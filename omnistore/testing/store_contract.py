@@ -185,6 +185,8 @@ class StoreContract:
         assert not status.referenced
         for block in made.blocks():
             assert store.read(block.cid).data == block.data
+            for size in (0, len(block), len(block) + 9):
+                assert bytes(store.read(block.cid, memoryview(bytearray(size))).data) == block.data
         assert set(store.announced()) == {node.cid for node in made.nodes}
 
     def test_both_manifests_name_the_model(self, store: Store, made: Sample) -> None:

@@ -94,6 +94,20 @@ class Asks:
         """The answers that `data` completes. Raises `RemoteProtocolError`."""
         return [self._answer(message) for message in self._decoder.feed_untrusted(data)]
 
+    @property
+    def lacking(self) -> int:
+        """Bytes until what is now being read is whole."""
+        return self._decoder.lacking
+
+    def room(self) -> memoryview | None:
+        """Where the rest of a payload belongs, for whoever can put it there: then `filled_untrusted`."""
+        return self._decoder.room()
+
+    def filled_untrusted(self, count: int) -> list[Answer]:
+        """The answers that `count` bytes in `room` complete. Raises `RemoteProtocolError`."""
+        message = self._decoder.filled(count)
+        return [] if message is None else [self._answer(message)]
+
     def _answer(self, message: object) -> Answer:
         if isinstance(message, Hello) == self.greeted and not isinstance(message, Error):
             raise RemoteProtocolError("greeted twice" if self.greeted else "answered before its hello")

@@ -109,9 +109,9 @@ class OriginStream:
 
     # --- the requester's end ----------------------------------------------------------------
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
-        for message in self._decoder.feed_untrusted(bytes(data)):
+        for message in self._decoder.feed_untrusted(b"".join(data)):
             match message:
                 case Want(first, links):
                     self._want(first, links)
@@ -177,6 +177,11 @@ class OriginStream:
     @property
     def superseded(self) -> bool:
         return False
+
+    async def receive_into(self, room: memoryview) -> int:
+        data = await self.receive_some(len(room))
+        room[: len(data)] = data
+        return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:
         data = b""

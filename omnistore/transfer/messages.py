@@ -193,6 +193,17 @@ class Decoder:
         """Whether a stream may end cleanly here."""
         return self._ask is None and not self._head
 
+    def room(self) -> memoryview | None:
+        """Where the rest of the payload now being read belongs; `filled` says that some of it is there."""
+        return None if self._ask is None else self._payload[len(self._payload) - self._lacking :]
+
+    def filled(self, count: int) -> Deliver | None:
+        """The first `count` bytes of `room` are there; the message that they complete."""
+        if self._ask is None or not 0 <= count <= self._lacking:
+            raise LocalProtocolError(f"{count} bytes are more than there was room for")
+        self._lacking -= count
+        return None if self._lacking else self._delivered(self._ask)
+
     def feed_untrusted(self, data: bytes) -> list[Message]:
         """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless."""
         if self._dead:

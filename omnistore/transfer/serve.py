@@ -38,8 +38,8 @@ class ServeLimits:
     """Asks unanswered per stream: a window of 64 MiB in blocks of 64 KiB."""
     queries: int = 256
     """Parts asked about and unanswered per stream."""
-    ahead: int = 8 << 20
-    """Bytes read and not yet sent per peer: keeps a gigabit link busy for 60 ms."""
+    ahead: int = 16 << 20
+    """Bytes read and not yet sent per peer: two turns of four blocks, one being sent and one being read."""
     memory: int = 64 << 20
     """Bytes read and not yet sent over all streams."""
     polls: int = 1024
@@ -228,7 +228,7 @@ class Serving:
             elif line.queries:
                 self._rotate(stream)
                 return FindHeld(stream, line.queries.popleft())
-            elif self._reads(line, now) and min(room, self._share(line)) >= MAX_BLOCK_SIZE:
+            elif room >= MAX_BLOCK_SIZE and self._reads(line, now) and self._worth(line):
                 rank = self._rank(line)
                 if best is None or rank < best[0]:
                     best = (rank, stream)
@@ -372,6 +372,16 @@ class Serving:
         self._lines[stream].ended = True
         self._ended.append((stream, reason))
 
+    def _worth(self, line: _Line) -> bool:
+        """Whether a turn is worth its hop to a thread: a fast server waits until it can read several."""
+        several = self._held_by[line.peer] > 0
+        needed = min(self._turn(line) * MAX_BLOCK_SIZE, self.limits.ahead // 2) if several else 0
+        return self._share(line) >= max(MAX_BLOCK_SIZE, needed)
+
+    def _turn(self, line: _Line) -> int:
+        """Blocks of a turn, at most: a slow server decides block by block, a fast one saves hops."""
+        return min(self.limits.batch, len(line.asks), max(1, self._outflow.room // BATCH_ROOM))
+
     def _rank(self, line: _Line) -> int:
         """How often the least given of its blocks was given; 0 when it let others pass for long enough."""
         times = self._least(line)
@@ -393,8 +403,7 @@ class Serving:
     def _read(self, stream: int, room: int, now: float) -> ReadBlocks:
         line = self._lines[stream]
         free = min(room, self._share(line))
-        # A slow server decides block by block; a fast one saves hops.
-        count = min(self.limits.batch, free // MAX_BLOCK_SIZE, max(1, self._outflow.room // BATCH_ROOM))
+        count = min(self._turn(line), free // MAX_BLOCK_SIZE)
         if not self.held:
             self._outflow.began(now)
         times = self._least(line)

@@ -29,6 +29,7 @@ from omnistore.errors import (
 from omnistore.manifest import part_links_untrusted
 from omnistore.net.interface import Network, Stream
 from omnistore.store.interface import Store
+from omnistore.transfer.buffers import Buffers
 from omnistore.transfer.messages import (
     LIMITS,
     PROTOCOL,
@@ -93,13 +94,16 @@ class Served:
 
 ServeEvent: TypeAlias = Unavailable | Served
 
+_Outgoing: TypeAlias = tuple[FromServer, memoryview | None]
+"""A message, and the lent memory that its payload may lie in."""
+
 
 @dataclass(slots=True, eq=False)
 class _Outlet:
     """What leaves on one stream."""
 
-    send: trio.MemorySendChannel[FromServer]
-    receive: trio.MemoryReceiveChannel[FromServer]
+    send: trio.MemorySendChannel[_Outgoing]
+    receive: trio.MemoryReceiveChannel[_Outgoing]
     active_at: float
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     """Of the whole stream."""
@@ -107,6 +111,10 @@ class _Outlet:
     blocks: int = 0
     bytes: int = 0
     reason: str | None = None
+
+    def put(self, message: FromServer, room: memoryview | None = None) -> None:
+        """Have a message sent in its turn."""
+        self.send.send_nowait((message, room))
 
 
 async def serve_transfer(
@@ -136,6 +144,7 @@ class _Server:
     pacer: Pacer
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READERS))
     outlets: dict[int, _Outlet] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=Buffers)
     lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     """Readers without a job."""
 
@@ -149,9 +158,9 @@ class _Server:
             await stream.aclose()
             return
         number, hello = opened
-        outlet = _Outlet(*trio.open_memory_channel[FromServer](math.inf), trio.current_time())
+        outlet = _Outlet(*trio.open_memory_channel[_Outgoing](math.inf), trio.current_time())
         self.outlets[number] = outlet
-        outlet.send.send_nowait(hello)
+        outlet.put(hello)
         try:
             async with trio.open_nursery() as nursery:
                 outlet.scope = nursery.cancel_scope
@@ -194,27 +203,29 @@ class _Server:
                         continue
                     reply = self.serving.receive_untrusted(number, message)
                     if reply is not None:
-                        outlet.send.send_nowait(reply)
+                        outlet.put(reply)
                 self.lot.unpark_all()
         except RemoteProtocolError as error:
             outlet.reason = error.message
             _log.info("ending a stream of %s: %s", stream.peer, error)
-            outlet.send.send_nowait(Error(code, error.message[: LIMITS.text]))
+            outlet.put(Error(code, error.message[: LIMITS.text]))
         except PeerUnreachable as error:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
 
     async def _send(self, stream: Stream, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
         """Send what is due, each piece within its deadline."""
         try:
-            async for message in outlet.receive:
+            async for message, room in outlet.receive:
                 await self._send_one(stream, number, outlet, message)
                 outlet.active_at = trio.current_time()
                 if isinstance(message, Deliver):
                     size = len(message.data)
                     outlet.blocks += 1
                     outlet.bytes += size
+                    if room is not None:
+                        self.buffers.take_back(room)
                     self.serving.was_sent(number, size, trio.current_time())
-                    self.lot.unpark_all()
+                    self.lot.unpark()
         except trio.TooSlowError:
             outlet.reason = f"asked and then took in nothing for {SEND_PATIENCE:.0f} s"
             _log.info("ending a stream of %s: it %s", stream.peer, outlet.reason)
@@ -238,7 +249,7 @@ class _Server:
             self.serving.sends(number, began)
             with trio.fail_after(SEND_PATIENCE):
                 # The head rides with the first piece of the payload: a frame, and a hand-over, less.
-                await stream.send_all(part if start else head + part)
+                await stream.send_all(b"" if start else head, part)
             self.serving.was_taken(number, len(part), trio.current_time())
             spent += trio.current_time() - began
         if len(data) >= BLOCK_SIZE // 2:
@@ -272,15 +283,18 @@ class _Server:
                 await self._find(job)
 
     async def _read(self, job: ReadBlocks) -> None:
-        cids = [cid for _, cid in job.asks]
-        results = await trio.to_thread.run_sync(_read_blocks, self.store, cids, limiter=self.threads)
+        wanted = [(cid, self.buffers.lend(BLOCK_SIZE)) for _, cid in job.asks]
+        results = await trio.to_thread.run_sync(_read_blocks, self.store, wanted, limiter=self.threads)
         outlet = self.outlets.get(job.stream)
         missing = []
-        for (ask, cid), result in zip(job.asks, results, strict=True):
+        for (ask, cid), (_, room), result in zip(job.asks, wanted, results, strict=True):
             if isinstance(result, Block):
                 self.serving.was_read(job.stream, len(result))
                 if outlet is not None:
-                    outlet.send.send_nowait(Deliver(ask, result.data))
+                    outlet.put(Deliver(ask, result.data), room)
+                    continue
+            self.buffers.take_back(room)
+            if isinstance(result, Block):
                 continue
             self.serving.was_read(job.stream, None)
             missing.append(ask)
@@ -288,14 +302,14 @@ class _Server:
                 _log.warning("block %s can no longer be served: %s", cid, result)
                 self.events(Unavailable(cid, result))
         if missing and outlet is not None:
-            outlet.send.send_nowait(Missing(tuple(missing)))
+            outlet.put(Missing(tuple(missing)))
 
     async def _find(self, job: FindHeld) -> None:
         bitmap = await trio.to_thread.run_sync(_held_of, self.store, job.part, limiter=self.threads)
         self.serving.was_found(job.stream, job.part, bitmap)
         outlet = self.outlets.get(job.stream)
         if outlet is not None:
-            outlet.send.send_nowait(Holds(job.part, bitmap))
+            outlet.put(Holds(job.part, bitmap))
 
     async def tell_news(self) -> None:
         """Tell those who wait what came to be held meanwhile, for ever."""
@@ -308,15 +322,15 @@ class _Server:
                 for stream in self.serving.news(part, bitmap):
                     outlet = self.outlets.get(stream)
                     if outlet is not None:
-                        outlet.send.send_nowait(Holds(part, bitmap))
+                        outlet.put(Holds(part, bitmap))
             pause = max(NEWS_EVERY, NEWS_SHARE * (trio.current_time() - started))
 
 
-def _read_blocks(store: Store, cids: Sequence[CID]) -> list[Block | OmniError]:
+def _read_blocks(store: Store, wanted: Sequence[tuple[CID, memoryview]]) -> list[Block | OmniError]:
     found: list[Block | OmniError] = []
-    for cid in cids:
+    for cid, room in wanted:
         try:
-            found.append(store.read(cid))
+            found.append(store.read(cid, room))
         except (StoreError, IntegrityError) as error:
             found.append(error)
     return found

@@ -2,7 +2,7 @@
 
     python -m tests.bench.stock ARGUMENTS OF OMNI…
 
-For benches only. Upstream's streams are given the two methods that ours have; all else is theirs.
+For benches only. Upstream's streams are given the methods that ours have; all else is theirs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ def use_stock_muxer() -> None:
             count -= len(part)
         return b"".join(parts)
 
+    async def receive_into(stream: Any, room: memoryview) -> int:
+        data = await receive_some(stream, len(room))
+        room[: len(data)] = data
+        return len(data)
+
+    write_one = YamuxStream.write
+
+    async def write(stream: Any, *data: Any) -> None:
+        await write_one(stream, data[0] if len(data) == 1 else b"".join(data))
+
+    YamuxStream.write = write
+    YamuxStream.receive_into = receive_into
     YamuxStream.receive_some = receive_some
     YamuxStream.receive_exactly = receive_exactly
     yamux.install = lambda upgrader, liveness: None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import secrets
 import signal
 import socket
@@ -144,6 +145,49 @@ async def test_a_stream_that_ends_early_is_an_error_and_a_clean_end_is_not(
     assert await stream.receive_some(1) == b""
     with pytest.raises(PeerUnreachable, match="2 bytes early"):
         await stream.receive_exactly(2)
+
+
+@pytest.mark.trio
+async def test_bytes_go_into_the_readers_memory(peer: Peer, network: Libp2pNetwork) -> None:
+    """However they are cut on the way, mixed with other ways of reading, and up to the end."""
+    data = random.Random(3).randbytes(3_000_000)
+    stream = await network.open_stream(peer.provider, "/test/echo")
+
+    async def send() -> None:
+        await stream.send_all(data[:7], data[7:1_500_000], b"", data[1_500_000:])
+        await stream.aclose()
+
+    got = bytearray()
+    room = memoryview(bytearray(1 << 20))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        with trio.fail_after(20):
+            while count := await stream.receive_into(room):
+                got += room[:count]
+                got += await stream.receive_some(10)
+            assert await stream.receive_into(room) == 0
+    assert bytes(got) == data
+
+
+@pytest.mark.trio
+async def test_a_cancelled_reader_gets_no_more_into_its_memory(network: Libp2pNetwork, peer: Peer) -> None:
+    stream = await network.open_stream(peer.provider, "/test/echo")
+    room = memoryview(bytearray(1 << 20))
+    with trio.move_on_after(0.05):
+        await stream.receive_into(room)
+    await stream.send_all(b"late")
+    assert await stream.receive_exactly(4) == b"late"
+    assert bytes(room) == bytes(1 << 20)
+    await stream.reset()
+
+
+@pytest.mark.trio
+async def test_a_reset_is_heard_by_who_lent_memory(network: Libp2pNetwork) -> None:
+    with peer_process() as short_lived:
+        stream = await network.open_stream(short_lived.provider, "/test/deaf")
+        short_lived.process.kill()
+        with pytest.raises(PeerUnreachable), trio.fail_after(10):
+            await stream.receive_into(memoryview(bytearray(1 << 20)))
 
 
 @pytest.mark.trio

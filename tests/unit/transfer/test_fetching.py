@@ -439,11 +439,11 @@ class Rotten(MemoryStore):
         self._pins = dict(seed._pins)
         self._rotten = rotten
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         if cid == self._rotten:
             self._blocks.pop(cid, None)
             raise DigestMismatch(f"block {cid} is rotten")
-        return super().read(cid)
+        return super().read(cid, room)
 
 
 def test_a_rotten_block_is_reported_and_comes_from_elsewhere(model: Model) -> None:

@@ -48,7 +48,7 @@ class Shelf:
     def has(self, cid: CID) -> bool:
         return cid in self.blocks
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         if cid not in self.blocks:
             raise StoreError(f"no {cid}")
         return self.blocks[cid]

@@ -27,10 +27,10 @@ class Gated:
         self.inner = inner
         self.began, self.gate, self.read_all = threading.Event(), threading.Event(), threading.Event()
 
-    def read(self, cid: CID) -> Block:
+    def read(self, cid: CID, room: memoryview | None = None) -> Block:
         self.began.set()
         assert self.gate.wait(10)
-        block = self.inner.read(cid)
+        block = self.inner.read(cid, room)
         self.read_all.set()
         return block
 
@@ -46,7 +46,7 @@ class OverAsker:
         self.said = [encode(Want(0, (cid,))), encode(Want(7, (cid,)))]
         self.was_reset = False
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
         await trio.sleep_forever()
 
     async def receive_some(self, max_bytes: int) -> bytes:
@@ -55,6 +55,9 @@ class OverAsker:
             # Let the reader come back only when the stream is already ending.
             trio.lowlevel.current_trio_token().run_sync_soon(self.store.gate.set)
         return self.said.pop(0)
+
+    async def receive_into(self, room: memoryview) -> int:
+        raise AssertionError("the server reads as it comes")
 
     async def receive_exactly(self, count: int) -> bytes:
         raise AssertionError("the server reads as it comes")

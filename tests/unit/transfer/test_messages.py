@@ -103,6 +103,26 @@ def test_payloads_lie_in_lent_memory_that_is_used_again() -> None:
     assert kept.data == payload
 
 
+def test_a_payload_may_be_put_into_its_place_by_others() -> None:
+    decoder = Decoder(SERVER)
+    payload = bytes(n % 251 for n in range(1000))
+    assert decoder.room() is None
+    assert decoder.feed_untrusted(encode(Deliver(7, payload)) + payload[:300]) == []
+    found: Deliver | None = None
+    for start, end in ((300, 900), (900, 1000)):
+        assert found is None
+        room = decoder.room()
+        assert room is not None
+        assert len(room) == decoder.lacking == 1000 - start
+        room[: end - start] = payload[start:end]
+        found = decoder.filled(end - start)
+    assert found == Deliver(7, payload)
+    assert decoder.room() is None
+    assert decoder.between_messages
+    with pytest.raises(LocalProtocolError, match="more than there was room"):
+        decoder.filled(1)
+
+
 def test_buffers_kept_are_bounded_and_large_ones_are_not_kept() -> None:
     buffers = Buffers(spare=1)
     lent = [buffers.lend(BLOCK_SIZE), buffers.lend(1), buffers.lend(BLOCK_SIZE + 1)]

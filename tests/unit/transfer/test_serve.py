@@ -168,8 +168,35 @@ def test_those_who_read_nothing_take_no_turns_from_others() -> None:
     assert serving.ended() == [], "there is memory for all"
 
 
+def test_a_fast_server_waits_until_it_can_read_several() -> None:
+    serving = Serving(ServeLimits(batch=4))
+    stream = proven(serving)
+    serving._outflow.sent(100 * MIB, 1.0)
+    serving.receive_untrusted(stream, Want(0, cids(0, 500)))
+    read_all(serving, 1.0)
+    found = []
+    for _ in range(40):
+        sent(serving, stream, MIB, 1.0)
+        while isinstance(job := serving.next(1.0), ReadBlocks):
+            found.append(len(job.asks))
+            for _ in job.asks:
+                serving.was_read(stream, MIB)
+    assert set(found) == {4}
+    assert len(found) >= 8
+
+
+def test_few_asks_are_read_at_once_by_a_fast_server_too() -> None:
+    serving = Serving(ServeLimits(batch=4))
+    stream = proven(serving)
+    serving._outflow.sent(100 * MIB, 1.0)
+    serving.receive_untrusted(stream, Want(0, cids(0, 3)))
+    assert [len(asks) for _, asks in asks_of(serving)] == [3]
+    serving.receive_untrusted(stream, Want(3, cids(3, 1)))
+    assert [len(asks) for _, asks in asks_of(serving)] == [1]
+
+
 def test_whoever_took_in_nothing_yet_has_one_block_read_ahead_and_more_as_it_takes_them_in() -> None:
-    serving = Serving(ServeLimits(batch=1))
+    serving = Serving(ServeLimits(batch=1, ahead=8 * MIB))
     stream = opened(serving)
     serving.receive_untrusted(stream, Want(0, cids(0, 500)))
     ahead = []
@@ -187,7 +214,7 @@ def test_whoever_took_in_nothing_yet_has_one_block_read_ahead_and_more_as_it_tak
 
 
 def test_shares_shrink_as_memory_fills() -> None:
-    serving = Serving(ServeLimits(batch=1))
+    serving = Serving(ServeLimits(batch=1, ahead=8 * MIB))
     serving._outflow.sent(1000 * MIB, 1.0)
     held = []
     for number in range(40):

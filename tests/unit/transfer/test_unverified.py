@@ -74,10 +74,10 @@ class PeerStream:
     def superseded(self) -> bool:
         return self.server.better and self.number == 1
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    async def send_all(self, *data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         out = bytearray()
-        for message in self.decoder.feed_untrusted(bytes(data)):
+        for message in self.decoder.feed_untrusted(b"".join(data)):
             match message:
                 case Have(parts):
                     for part in parts:
@@ -96,6 +96,11 @@ class PeerStream:
     async def receive_some(self, max_bytes: int) -> bytes:
         await self.server.gate.wait()
         return await self.incoming.receive()
+
+    async def receive_into(self, room: memoryview) -> int:
+        data = await self.incoming.receive()
+        room[: len(data)] = data
+        return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:
         raise AssertionError("a requester takes what comes")
