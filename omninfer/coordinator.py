@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -26,7 +26,7 @@ from omninfer.lenders import Lending, ask_lender, find_lenders, load_remotely
 from omninfer.pipeline import Pipeline
 from omninfer.plan import Machine, ModelCosts, Plan, PlannedStage, make_plan
 from omninfer.prefixes import SlotTable, room_for
-from omninfer.profile import footprint, free_memory, measure
+from omninfer.profile import footprint, free_memory, held, measure
 from omninfer.running import LocalStage, RunningStage
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, stage_parts
 from omninfer.threads import ComputeThread
@@ -221,6 +221,9 @@ class Coordinator:
             try:
                 if self._wishes.local:
                     machines[self._site.network.peer_id] = await self._this_machine()
+                machines = {
+                    peer: replace(one, held=held(self.about, one.engine)) for peer, one in machines.items()
+                }
                 self.plan = self._make_plan(machines, frozenset(one.peer for one in lendings if one.named))
                 stages = await self._load_all(self.plan, {lending.peer: lending for lending in lendings})
             finally:
@@ -290,7 +293,9 @@ class Coordinator:
             finally:
                 thread.close()
         each = footprint(engine.name)
-        return Machine(self._site.network.peer_id, free_memory(), self._speed, footprint=each)
+        return Machine(
+            self._site.network.peer_id, free_memory(), self._speed, footprint=each, engine=engine.name
+        )
 
     def _make_plan(self, machines: dict[str, Machine], named: frozenset[str]) -> Plan:
         own, fixed = self._site.network.peer_id, self._wishes.fixed

@@ -106,6 +106,7 @@ async def _profile(link: FrameLink, engine: str) -> Machine:
         # There and back; what loopback and memory do is no limit worth planning with.
         bandwidth=2 * BULK / bulk,
         footprint=answer.footprint / 1000,
+        engine=answer.engine,
     )
 
 

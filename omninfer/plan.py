@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -112,6 +113,16 @@ class ModelCosts:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes of memory that weights take once a machine's engine holds them."""
+
+    layers: tuple[int, ...]
+    embed: int
+    head: int
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """What the planner knows of a machine."""
 
@@ -125,11 +136,29 @@ class Machine:
     bandwidth: float = math.inf
     """Bytes a second to and from the coordinator."""
     footprint: float = 1.0
-    """Bytes of memory that one packed byte takes once loaded: engines that unpack need more."""
+    """Bytes of memory that one packed byte takes once loaded, where `held` is not known."""
+    held: Held | None = None
+    """What the model's weights take in its engine."""
+    engine: str = ""
+    """The engine's name."""
 
     def needs(self, costs: ModelCosts, first: int, last: int) -> int:
         """Bytes of memory that layers first … last-1 take here."""
-        return math.ceil(costs.weights(first, last) * self.footprint) + costs.kv * (last - first)
+        return self.loaded(costs).weights(first, last) + costs.kv * (last - first)
+
+    def loaded(self, costs: ModelCosts) -> ModelCosts:
+        """The same model, its weights as large as they are in this machine's memory."""
+        if self.held is not None:
+            held = self.held
+            return replace(costs, layers=held.layers, embed=held.embed, head=held.head, shared=held.shared)
+        grown = partial(_grown, self.footprint)
+        return replace(
+            costs,
+            layers=tuple(map(grown, costs.layers)),
+            embed=grown(costs.embed),
+            head=grown(costs.head),
+            shared=grown(costs.shared),
+        )
 
     def compute(self, costs: ModelCosts, first: int, last: int) -> float:
         """Seconds of arithmetic for one token."""
@@ -249,9 +278,9 @@ def _grid(costs: ModelCosts) -> tuple[_Matrix, _Matrix, _Matrix, _Matrix]:
 
 def _range_costs(costs: ModelCosts, machine: Machine, fixed: tuple[str, int, int] | None) -> _Matrix:
     """Seconds per token of every range on one machine; infinite where it may not or can not be."""
-    weights, reads, wire, layers = _grid(costs)
+    _, reads, wire, layers = _grid(costs)
     seconds = reads / machine.speed + machine.rtt + wire / machine.bandwidth
-    room = np.ceil(weights * machine.footprint) + costs.kv * layers <= machine.memory
+    room = _grid(machine.loaded(costs))[0] + costs.kv * layers <= machine.memory
     return np.where(room & _allowed(len(costs.layers), machine.peer, fixed), seconds, np.inf)
 
 
@@ -391,6 +420,10 @@ def _own_fault(costs: ModelCosts, machine: Machine, fixed: tuple[str, int, int] 
         return None
     short = _size(need - machine.memory)
     return f"{machine.peer} has {_size(machine.memory)} for {what} of {_size(need)}: {short} is missing"
+
+
+def _grown(factor: float, size: int) -> int:
+    return math.ceil(size * factor)
 
 
 def _size(count: int) -> str:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import Final
+from math import ceil
+from typing import Final, Literal
 
 import numpy as np
 import psutil
 
 from omninfer.arch import EMBEDDING, HEAD_NORM, ModelSpec
 from omninfer.engines import Engine, StageSpec
+from omninfer.engines.footprint import ORT_RATIO, SLACK, held_bytes
+from omninfer.plan import Held
+from omninfer.sources import Description
 from omnistore.chunker.ggml import GGMLType, by_name, nbytes
+from omnistore.chunker.layout import part_of
+from omnistore.manifest import PartKey
 
 RESERVE: Final = 512 << 20
 """Bytes of free memory that are never planned away: the interpreter, activations, other programs."""
-FOOTPRINT: Final = 1.1
-"""Bytes of memory per packed byte: what the engines' memory rule (tests/bench) leaves over its constant."""
-ORT_FOOTPRINT: Final = 2.6
-"""The same of the ort engine, whose scales are float32: 2.1 (Q4_K_M) to 2.5 (Q6_K, F16) were measured."""
 MEASURE_SECONDS: Final = 0.1
 MEASURE_ROUNDS: Final = 50
 
@@ -39,8 +41,25 @@ _METADATA: Final = {
 
 
 def footprint(engine: str) -> float:
-    """Bytes of memory per packed byte of a stage of that engine."""
-    return ORT_FOOTPRINT if engine == "ort" else FOOTPRINT
+    """Bytes of memory per packed byte of a stage of that engine, whatever the types of its weights."""
+    return SLACK * ORT_RATIO if engine == "ort" else SLACK
+
+
+def held(about: Description, engine: str) -> Held | None:
+    """What a model's weights take in an engine, by part; None for an engine that is not known here."""
+    sizes: dict[PartKey, float] = {}
+    for name, (kind, shape) in about.tensors.items():
+        part = part_of(name)
+        size = held_bytes(engine, kind, shape, head=part.kind == "head")
+        if size is None:
+            return None
+        sizes[part] = sizes.get(part, 0) + SLACK * size
+
+    def total(kind: Literal["embed", "head", "shared"]) -> int:
+        return ceil(sizes.get(PartKey(kind), 0))
+
+    layers = tuple(ceil(sizes.get(PartKey("layer", n), 0)) for n in range(about.spec.layers))
+    return Held(layers, total("embed"), total("head"), total("shared"))
 
 
 def free_memory() -> int:

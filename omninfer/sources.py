@@ -29,6 +29,8 @@ class Description:
     spec: ModelSpec
     metadata: Mapping[str, object]
     """Of the first file."""
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Type and shape (ne[0] first) of every tensor, by name."""
 
 
 def header_parts(manifest: Manifest) -> frozenset[PartKey]:
@@ -55,9 +57,9 @@ def describe_untrusted(store: Store, cid: CID) -> Description:
     """
     model = store.model(cid)
     headers = [_header(store, model, number) for number in range(len(model.manifest.files))]
-    names = [tensor.name for header in headers for tensor in header.tensors]
+    tensors = {t.name: (t.type.name, t.shape) for header in headers for t in header.tensors}
     metadata = headers[0].metadata
-    return Description(model, ModelSpec.from_metadata_untrusted(metadata, names), metadata)
+    return Description(model, ModelSpec.from_metadata_untrusted(metadata, tensors), metadata, tensors)
 
 
 def _header(store: Store, model: Model, number: int) -> GGUFHeader:

@@ -23,8 +23,8 @@ from omninfer.arch import KVKind, kv_bytes
 from omninfer.engines import Engine, Stage, StageSpec, pick_engine
 from omninfer.engines.interface import WhichLogits
 from omninfer.link import FrameLink
-from omninfer.plan import ModelCosts
-from omninfer.profile import footprint, free_memory, measure
+from omninfer.plan import Machine, ModelCosts
+from omninfer.profile import footprint, free_memory, held, measure
 from omninfer.sources import Description, StoreTensorSource, describe_untrusted, header_parts, stage_parts
 from omninfer.threads import ComputeThread
 from omninfer.warm import Lease, Need, StageKey, ToKeep, WarmStages
@@ -352,8 +352,9 @@ class _CoordinatorStream:
 def needed(about: Description, spec: StageSpec, tokens: int, engine: str, kv: KVKind = "full") -> Need:
     """Memory of a stage whose slots hold `tokens` together, as the coordinator's planner reckons it."""
     costs = ModelCosts.of(about.model.manifest, about.spec, tokens=tokens, kv=kv)
-    weights = costs.weights(spec.first, spec.last) * footprint(engine)
-    return Need(int(weights), costs.kv * (spec.last - spec.first))
+    machine = Machine("", 0, 1.0, footprint=footprint(engine), held=held(about, engine))
+    weights = machine.loaded(costs).weights(spec.first, spec.last)
+    return Need(weights, costs.kv * (spec.last - spec.first))
 
 
 def _check_keep(length: int, labels: tuple[bytes, ...]) -> None:

@@ -11,8 +11,9 @@ import pytest
 import trio
 
 from omninfer.coordinator import Coordinator, RunOptions
-from omninfer.plan import ModelCosts
+from omninfer.plan import Machine, ModelCosts
 from omninfer.prefixes import STEP
+from omninfer.profile import held
 from omninfer.testing.cluster import LAYERS, cluster
 from omnistore.errors import InferenceError, PlanInfeasible
 
@@ -125,7 +126,8 @@ async def test_plans_count_the_memory_of_the_cache(noise_file: Path, monkeypatch
         about = coordinator.about
     small = ModelCosts.of(about.model.manifest, about.spec, tokens=512)
     assert small.kv * LAYERS == 512 * TOKEN
-    weights = int(small.weights(0, LAYERS) * 1.1) + 1
+    machine = Machine("here", 0, 1.0, held=held(about, "numpy"))
+    weights = machine.needs(small, 0, LAYERS) - 512 * TOKEN
     monkeypatch.setattr("omninfer.coordinator.free_memory", lambda: weights + 3 * 512 * TOKEN)
     async with cluster(noise_file) as one:
         async with one.coordinate(alone(kv_memory=3 * 512 * TOKEN)) as coordinator:
@@ -137,3 +139,16 @@ async def test_plans_count_the_memory_of_the_cache(noise_file: Path, monkeypatch
         monkeypatch.setattr("omninfer.coordinator.free_memory", lambda: weights + 8 * 512 * TOKEN)
         async with one.coordinate(alone(kv_memory=1 << 40)) as coordinator:
             await coordinator.ready()
+
+
+async def test_plans_know_what_each_engine_makes_of_the_weights(noise_file: Path) -> None:
+    async with cluster(noise_file) as one, one.coordinate(alone()) as coordinator:
+        about = coordinator.about
+    costs = ModelCosts.of(about.model.manifest, about.spec, tokens=0)
+    packed = costs.weights(0, LAYERS)
+    # F32, and a head that is tied to the embedding.
+    for engine, ratio in (("numpy", 1.1), ("mlx", 1.1), ("ort", 2.64)):
+        machine = Machine("m", 0, 1.0, held=held(about, engine))
+        assert machine.needs(costs, 0, LAYERS) == pytest.approx(ratio * packed, rel=0.001)
+        assert machine.needs(costs, 2, 3) == pytest.approx(ratio * costs.weights(2, 3), rel=0.001)
+    assert held(about, "abacus") is None

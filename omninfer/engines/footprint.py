@@ -1,0 +1,71 @@
+"""What weights take once an engine holds them, by type: stated here, known before anything is loaded.
+
+Plans and lenders reckon with it, and a test compares it with the arrays that are really allocated. Each
+function stands beside what it is about: `packing.FORMS` says how a type comes apart, `mlx_weights` and
+`numpy_weights` how the pieces are held. No engine is imported, so that a machine can plan for engines that it
+has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import ceil, prod
+from typing import Final
+
+from omninfer.engines.packing import FORMS
+from omnistore.chunker.ggml import by_name, nbytes
+
+SLACK: Final = 1.1
+"""Bytes of memory per byte of weights: what an allocator and a slab being repacked take beside them."""
+ORT_RATIO: Final = 2.4
+ORT_HEAD_RATIO: Final = 2.9
+"""Of packed bytes, without `SLACK`: what was measured of stages, and of one that was nothing but a large head
+(3.18)."""
+_MLX_GROUP: Final = 32
+_PLAIN_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def _mlx(kind: str, shape: tuple[int, ...]) -> int:
+    """Codes in words, and for each group of 32 a scale and a bias in halfs; twice both where the type's
+    groups are of 16 (`mlx_weights`). Scales that are too wide for halfs take twice as much, which no real
+    tensor's are.
+    """
+    rows, columns = _matrix(shape)
+    if kind in _PLAIN_BYTES:
+        return _PLAIN_BYTES[kind] * rows * columns
+    bits, group = FORMS[kind]
+    scales = 2 * 2 * (_MLX_GROUP // group)
+    return rows * columns * bits // 8 + rows * (columns // _MLX_GROUP) * scales
+
+
+def _numpy(kind: str, shape: tuple[int, ...]) -> int:
+    """As packed as they come. What a small stage decodes is less than what is always kept free."""
+    return nbytes(by_name(kind), shape)
+
+
+def _ort(kind: str, shape: tuple[int, ...]) -> int:
+    """Measured over whole stages, in which ONNX Runtime has a form of its own: 2.1 (Q4_K_M) to 2.5 (Q6_K,
+    F16)."""
+    return ceil(nbytes(by_name(kind), shape) * ORT_RATIO)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return prod(shape[1:]), shape[0]
+
+
+_HELD: Final[Mapping[str, Callable[[str, tuple[int, ...]], int]]] = {
+    "mlx": _mlx,
+    "numpy": _numpy,
+    "ort": _ort,
+}
+
+
+def held_bytes(engine: str, kind: str, shape: tuple[int, ...], *, head: bool = False) -> int | None:
+    """Bytes that a tensor of ggml type `kind` and `shape` (ne[0] first) takes in an engine; of the model's
+    head, where `head`. None for an engine that is not known here, or a type that it refuses.
+    """
+    if engine == "ort" and head:
+        return ceil(nbytes(by_name(kind), shape) * ORT_HEAD_RATIO)
+    held = _HELD.get(engine)
+    known = kind in _PLAIN_BYTES or kind in FORMS or engine != "mlx"
+    return held(kind, shape) if held is not None and known else None
