@@ -68,10 +68,11 @@ bench-swarm: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory
 
-# The ort engine beside llama.cpp on the same files; PEERS is where llama-cpp-python is.
+# The ort engine beside llama.cpp on the same files, about a minute and a half for each of $(TYPES); PEERS is where llama-cpp-python is.
+TYPES ?= Q4_0 Q8_0 Q4_K_M
 .PHONY: bench-llama
 bench-llama: $(STAMP) $(PEERS_STAMP)
-	$(BIN)/python -m tests.bench.bench_engine --peers $(PEERS)/bin/python
+	$(BIN)/python -m tests.bench.bench_engine --peers $(PEERS)/bin/python --types $(TYPES)
 
 # Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
 .PHONY: parity-tokens

@@ -76,11 +76,14 @@ class StoreTensorSource:
 
     def __init__(self, store: Store, model: Model, parts: Collection[PartKey]) -> None:
         self._store = store
+        self.packed = store.packed_directory
         self._tensors: dict[str, TensorEntry] = {}
+        self._origins: dict[str, str] = {}
         for key in parts:
-            part = model.parts.get(key)
-            if isinstance(part, TensorPart):
+            part, ref = model.parts.get(key), model.manifest.part(key)
+            if isinstance(part, TensorPart) and ref is not None:
                 self._tensors |= {tensor.name: tensor for tensor in part.tensors}
+                self._origins |= {tensor.name: str(ref.cid) for tensor in part.tensors}
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -88,6 +91,9 @@ class StoreTensorSource:
     def info(self, name: str) -> tuple[GGMLType, tuple[int, ...]]:
         tensor = self._tensors[name]
         return by_name(tensor.type), tensor.shape
+
+    def origin(self, name: str) -> str | None:
+        return self._origins[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
         """Bytes `start` to `stop` of a tensor; whole blocks are read and checked for it."""

@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Final
 
+from omninfer.engines.ort_weights import REST_BLOCK, WITH_MINIMUMS
 from omninfer.engines.packing import FORMS
 from omnistore.chunker.ggml import by_name, nbytes
 
 SLACK: Final = 1.1
 """Bytes of memory per byte of weights: what an allocator and a slab being repacked take beside them."""
-ORT_RATIO: Final = 2.4
-ORT_HEAD_RATIO: Final = 2.9
-"""Of packed bytes, without `SLACK`: what was measured of stages, and of one that was nothing but a large head
-(3.18)."""
+ORT_RATIO: Final = 2.0
+"""Of packed bytes, where no more is known of a model: what ort makes of F16, the most of a type in common use."""
 _MLX_GROUP: Final = 32
 _PLAIN_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -44,9 +43,22 @@ def _numpy(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _ort(kind: str, shape: tuple[int, ...]) -> int:
-    """Measured over whole stages, in which ONNX Runtime has a form of its own: 2.1 (Q4_K_M) to 2.5 (Q6_K,
-    F16)."""
-    return ceil(nbytes(by_name(kind), shape) * ORT_RATIO)
+    """Codes of 4 or 8 bits, and for each block a scale and a sum in float32 (`ort_weights`); of a type with
+    minimums, a rest for each block in 8 bits. In ONNX Runtime's own form, as seen on x86.
+    """
+    rows, columns = _matrix(shape)
+    if kind in _PLAIN_BYTES:
+        return 4 * rows * columns
+    bits, group = FORMS[kind]
+    blocks = columns // group
+    rests = rows * ceil(blocks / REST_BLOCK) * (REST_BLOCK + 8) if kind in WITH_MINIMUMS else 0
+    return rows * columns * (4 if bits <= 4 else 8) // 8 + 8 * rows * blocks + rests
+
+
+def _ort_loading(kind: str, shape: tuple[int, ...]) -> int:
+    """What a graph has mapped beside while it loads: the scales once more."""
+    rows, columns = _matrix(shape)
+    return 0 if kind in _PLAIN_BYTES else 4 * rows * (columns // FORMS[kind][1])
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -64,8 +76,9 @@ def held_bytes(engine: str, kind: str, shape: tuple[int, ...], *, head: bool = F
     """Bytes that a tensor of ggml type `kind` and `shape` (ne[0] first) takes in an engine; of the model's
     head, where `head`. None for an engine that is not known here, or a type that it refuses.
     """
-    if engine == "ort" and head:
-        return ceil(nbytes(by_name(kind), shape) * ORT_HEAD_RATIO)
     held = _HELD.get(engine)
-    known = kind in _PLAIN_BYTES or kind in FORMS or engine != "mlx"
-    return held(kind, shape) if held is not None and known else None
+    known = kind in _PLAIN_BYTES or kind in FORMS or engine == "numpy"
+    if held is None or not known:
+        return None
+    # The head is one graph, and may be most of a stage; of the layers, one in six loads at a time.
+    return held(kind, shape) + (_ort_loading(kind, shape) if engine == "ort" and head else 0)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,17 @@ class TensorSource(Protocol):
         Engines ask for a few MiB at a time, in order, and drop each view before they ask for the next,
         so that no tensor is in memory twice.
         """
+
+
+@runtime_checkable
+class TracedSource(TensorSource, Protocol):
+    """A source that knows its tensors' origin, so that what an engine makes of them can be kept."""
+
+    packed: Path | None
+    """The directory for it; None to keep nothing."""
+
+    def origin(self, name: str) -> str | None:
+        """What names the bytes of the tensor and its neighbours for ever: their part's CID, if known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 Activations are float32 between products and 8 bits inside them (MatMulNBits, accuracy level 4); keys and
 values are float32, in buffers of the whole context that attention writes in place. Their pages cost
 memory only once they were written. The embedding's rows are decoded here, from their packed form.
+Weights come out of files that are mapped while they load (`ort_packed`).
 
 All segments of all stages share one pool of threads, so that two stages in one process do not take each
 other's cores. No GPU; no batching over slots. Importing this module imports onnxruntime.
@@ -10,11 +11,14 @@ other's cores. No GPU; no batching over slots. Importing this module imports onn
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from threading import Lock
 from typing import Any, Final
 
@@ -34,9 +38,11 @@ from omninfer.engines.interface import (
     WhichLogits,
 )
 from omninfer.engines.numpy_math import rope_angles
-from omninfer.engines.ort_graph import ROPE_TABLES, Graph, padded_head, rope_tables
+from omninfer.engines.ort_graph import Graph, head_part, layer_part, padded_head, rope_names, rope_tables
+from omninfer.engines.ort_packed import PackedFolder
 from omninfer.engines.packing import F32, Bytes, decode
 from omninfer.engines.slots import SlottedStage
+from omnistore.errors import StoreFull
 
 FEATURES: Final = (
     Feature.QKV_BIAS
@@ -45,12 +51,24 @@ FEATURES: Final = (
     | Feature.FFN_BIAS
     | Feature.ROPE_FREQS
     | Feature.NORM_AFTER_ATTENTION
+    | Feature.POST_NORMS
+    | Feature.GELU
+    | Feature.WINDOW
+    | Feature.ATTENTION_CAP
+    | Feature.FUSED_QKV
+    | Feature.FUSED_GATE_UP
+    | Feature.LONG_ROPE
+    | Feature.SINKS
+    | Feature.CLAMPED_SWIGLU
 )
 """What this engine knows of transformer blocks."""
-SEGMENT_BYTES: Final = 24 << 20
-"""Packed weights of one graph, at least one layer: in memory twice while it loads, in each loading thread."""
 LOADERS: Final = 2
-"""Segments that load at a time; more would hold more weights twice."""
+"""Runs of layers that load at a time: ONNX Runtime packs with one thread."""
+RUNS: Final = 6
+"""Graphs that the layers are cut into. What a graph has mapped can be let go of only when all of it was
+loaded; each costs 50 microseconds a token."""
+_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+_log = logging.getLogger(__name__)
 Value = Any
 """onnxruntime.OrtValue; the library ships no types."""
 
@@ -73,6 +91,8 @@ class Segment:
     first: int
     last: int
     session: Any
+    held: dict[str, Value]
+    """What the session reads without owning it."""
 
 
 @dataclass(slots=True)
@@ -105,8 +125,7 @@ class OrtStage(SlottedStage[SlotCache]):
     """A stage of the ort engine."""
 
     segments: list[Segment]
-    heads: list[Any]
-    """Sessions of neighbouring rows of the head, in order."""
+    head: Segment | None
     embedding: tuple[str, Bytes] | None
     nbytes: int
 
@@ -129,7 +148,7 @@ class OrtStage(SlottedStage[SlotCache]):
     def close(self) -> None:
         self._close_slots()
         self.segments.clear()
-        self.heads.clear()
+        self.head = None
         self.embedding = None
 
     def _enter(self, x: Tokens | Hidden) -> F32:
@@ -158,7 +177,8 @@ class OrtStage(SlottedStage[SlotCache]):
     def _head(self, h: F32) -> F32:
         if not len(h):
             return np.zeros((0, self.spec.model.vocab), np.float32)
-        logits: F32 = np.concatenate([head.run(["y"], {"x": h[None]})[0][0] for head in self.heads], axis=1)
+        assert self.head is not None
+        logits: F32 = self.head.session.run(["y"], {"x": h[None]})[0][0]
         cap = np.float32(self.spec.model.logit_cap)
         return cap * np.tanh(logits / cap) if cap else logits
 
@@ -211,7 +231,15 @@ class OrtEngine:
         check_features(spec.model, FEATURES, self.name)
         check_kv(kv, self.kv_kinds, self.name)
         tensors = check_tensors(spec, source)
-        return _Loading(limits, tensors, source, progress).stage()
+        folder = PackedFolder(source)
+        try:
+            return _Loading(limits, tensors, source, folder, progress).stage()
+        except StoreFull as error:
+            if not folder.kept:
+                raise
+            _log.warning("%s; nothing is kept for the next start", error.message)
+        folder = PackedFolder(source, keep=False)
+        return _Loading(limits, tensors, source, folder, progress).stage()
 
 
 class _Loading:
@@ -222,6 +250,7 @@ class _Loading:
         limits: StageLimits,
         tensors: dict[str, PackedTensor],
         source: TensorSource,
+        folder: PackedFolder,
         progress: Progress | None,
     ) -> None:
         self._limits = limits
@@ -232,46 +261,33 @@ class _Loading:
         self._done = 0
         self._lock = Lock()
         self._vectors = {name: t.decoded(source) for name, t in tensors.items() if t.is_vector}
-        rope = limits.spec.model.rope
-        divisors = rope.divisors(limits.context)
-        angles = rope_angles(rope, 0, limits.context, self._vectors.get(divisors or ""))
-        self._tables = rope_tables(rope, angles)
+        self._tables: dict[str, F32] = {}
+        model = limits.spec.model
+        for windowed in sorted({model.windowed[n] for n in range(limits.spec.first, limits.spec.last)}):
+            rope = model.local_rope if windowed else model.rope
+            divisors = rope.divisors(limits.context)
+            angles = rope_angles(rope, 0, limits.context, self._vectors.get(divisors or ""))
+            self._tables |= zip(rope_names(windowed), rope_tables(rope, angles), strict=True)
+        self._folder = folder
 
     def stage(self) -> OrtStage:
         spec = self._limits.spec
         cores()
         self._loaded([name for name, tensor in self._tensors.items() if tensor.is_vector])
         embedding = self._embedding() if spec.embed else None
-        with ThreadPoolExecutor(LOADERS, thread_name_prefix="ort-load") as pool:
-            heads = list(pool.map(self._head, self._head_cuts()))
-            segments = list(pool.map(self._segment, self._cuts()))
-        if spec.head and not (spec.embed and spec.model.tied_head):
-            self._loaded([spec.model.head_tensor])
-        return OrtStage(self._limits, segments, heads, embedding, self._total)
+        with closing(self._folder), ThreadPoolExecutor(LOADERS, thread_name_prefix="ort-load") as pool:
+            # The head first: its matrices are the largest, and in memory twice for a moment.
+            loads = [pool.submit(self._head)] if spec.head else []
+            loads += [pool.submit(self._segment, *run) for run in self._runs()]
+            segments = [load.result() for load in loads]
+        head = segments.pop(0) if spec.head else None
+        return OrtStage(self._limits, segments, head, embedding, self._total)
 
-    def _head_cuts(self) -> list[slice]:
-        """Rows of the head in runs of about `SEGMENT_BYTES`; none without a head."""
-        if not self._limits.spec.head:
-            return []
-        tensor = self._tensors[self._limits.spec.model.head_tensor]
-        step = max(1, SEGMENT_BYTES * tensor.rows // tensor.nbytes)
-        return [slice(at, min(at + step, tensor.rows)) for at in range(0, tensor.rows, step)]
-
-    def _cuts(self) -> list[tuple[int, int]]:
-        """Runs of layers of about `SEGMENT_BYTES`, none empty."""
-        spec, cuts, size = self._limits.spec, [], 0
-        first = spec.first
-        for n in range(spec.first, spec.last):
-            own = sum(self._tensors[name].nbytes for name in self._of_layers(n, n + 1))
-            if size and size + own > SEGMENT_BYTES:
-                cuts.append((first, n))
-                first, size = n, 0
-            size += own
-        return [*cuts, (first, spec.last)] if first < spec.last else cuts
-
-    def _of_layers(self, first: int, last: int) -> list[str]:
-        suffixes = self._limits.spec.model.layer_suffixes()
-        return [f"blk.{n}.{suffix}" for n in range(first, last) for suffix in suffixes]
+    def _runs(self) -> list[tuple[int, int]]:
+        """The layers in `RUNS` runs, as even as they can be, none empty."""
+        first, count = self._limits.spec.first, self._limits.spec.last - self._limits.spec.first
+        edges = [first + count * i // RUNS for i in range(RUNS + 1)]
+        return [(a, b) for a, b in pairwise(edges) if a < b]
 
     def _embedding(self) -> tuple[str, Bytes]:
         tensor = self._tensors[EMBEDDING]
@@ -281,27 +297,29 @@ class _Loading:
         self._loaded([EMBEDDING])
         return tensor.kind, packed
 
-    def _segment(self, cut: tuple[int, int]) -> Segment:
-        graph = self._graph()
-        session = self._session(graph, graph.layers(*cut), rope=True)
-        self._loaded([name for name in self._of_layers(*cut) if not self._tensors[name].is_vector])
-        return Segment(*cut, session)
+    def _segment(self, first: int, last: int) -> Segment:
+        model, run = self._limits.spec.model, f"layers-{first}"
+        windowed = {model.windowed[n] for n in range(first, last)}
+        held = {name: _value(self._tables[name]) for one in windowed for name in rope_names(one)}
+        parts = {}
+        for n in range(first, last):
+            part = layer_part(model, self._tensors, n)
+            parts[n] = part, self._folder.ready(part, run)
+            self._loaded([tensor.name for matrix in part.matrices.values() for tensor in matrix.tensors])
+        pairs = next(iter(self._tables.values())).shape[1]
+        graph = Graph(model, self._limits.context, self._vectors, pairs).layers(parts)
+        return Segment(first, last, self._session(graph, run, held), held)
 
-    def _head(self, rows: slice) -> Any:
-        graph = self._graph()
-        return self._session(graph, graph.head(rows), rope=False)
+    def _head(self) -> Segment:
+        spec = self._limits.spec
+        part = head_part(spec.model, self._tensors)
+        file = self._folder.ready(part, "head")
+        session = self._session(Graph(spec.model, 0, self._vectors).head(part, file), "head", {})
+        if not (spec.embed and spec.model.tied_head):
+            self._loaded([spec.model.head_tensor])
+        return Segment(spec.last, spec.last, session, {})
 
-    def _graph(self) -> Graph:
-        return Graph(
-            self._limits.spec.model,
-            self._limits.context,
-            self._tensors,
-            self._source,
-            self._vectors,
-            self._tables[0],
-        )
-
-    def _session(self, graph: Graph, model: bytes, *, rope: bool) -> Any:
+    def _session(self, model: bytes, run: str, held: dict[str, Value]) -> Any:
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -310,12 +328,12 @@ class _Loading:
         options.log_severity_level = 3
         # Weights come and go with a session: the arena would keep what one no longer needs.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        names = [*graph.external, *(ROPE_TABLES if rope else ())]
-        values = [_value(array) for array in graph.external.values()] + (
-            [_value(table) for table in self._tables] if rope else []
-        )
-        options.add_external_initializers(names, values)
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry(_FOLDER, str(self._folder.path / run))
+        if held:
+            options.add_external_initializers(list(held), list(held.values()))
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._folder.let_go(run)
+        return session
 
     def _loaded(self, names: Sequence[str]) -> None:
         with self._lock:

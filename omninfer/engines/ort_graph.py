@@ -1,14 +1,14 @@
 """The ONNX graphs of a stage: a run of transformer blocks, and the head.
 
-A stage is cut into segments, one graph each, of whole layers and about `ort_engine.SEGMENT_BYTES`: while ONNX
-Runtime makes its own copy of the weights, only that much is in memory twice. Per layer: norm, one product
-for Q, K and V, attention with its rotation inside, one product out, norm with the residual's sum, one
-product for gate and up, one down. Weights are external initializers, so the graphs themselves are small.
+Per layer: norm, one product for Q, K and V, attention with its rotation inside, one product out, norm with
+the residual's sum, one product for gate and up, one down. Weights lie in files beside the graph
+(`ort_packed`), so the graphs themselves are small. What the features of a block are made of was chosen by
+what ONNX Runtime has a kernel for; that the numbers are the right ones is for parity tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from omninfer.arch import HEAD_NORM, Feature, ModelSpec, Rope, RopeKind
+from omninfer.arch.features import POST_ATTENTION_NORM, POST_FFN_NORM
 from omninfer.engines.checks import PackedTensor
-from omninfer.engines.interface import TensorSource
-from omninfer.engines.ort_weights import Form, Operands, load_operands
+from omninfer.engines.ort_packed import PackedPart
+from omninfer.engines.ort_weights import REST_BLOCK, Form, Matrix, stacked
 from omninfer.engines.packing import F32
 from omnistore.errors import UnsupportedModel
 
@@ -28,14 +29,23 @@ _MICROSOFT: Final = "com.microsoft"
 _OPSETS: Final = (("", 21), (_MICROSOFT, 1))
 _IR_VERSION: Final = 10
 _TYPES: Final = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
-ROPE_TABLES: Final = ("rope.cos", "rope.sin")
 HEAD_STEP: Final = 16
 """GroupQueryAttention takes heads of multiples of this; zeros fill up others, and change nothing."""
+HEAD_BYTES: Final = 16 << 20
+"""Packed weights of one product of the head: what may be in memory twice for a moment."""
+_CLAMP: Final = 7.0
+_SLOPE: Final = 1.702
+"""Of gpt-oss's gate: see `Feature.CLAMPED_SWIGLU`."""
 
 
 def padded_head(model: ModelSpec) -> int:
     """Elements of a head in attention and in the caches."""
     return -(-model.head_dim // HEAD_STEP) * HEAD_STEP
+
+
+def rope_names(windowed: bool) -> tuple[str, str]:
+    """The initializers with cosines and sines of layers that have a window, or of those that have not."""
+    return ("rope.local.cos", "rope.local.sin") if windowed else ("rope.cos", "rope.sin")
 
 
 def rope_tables(rope: Rope, angles: F32) -> tuple[F32, F32]:
@@ -55,62 +65,102 @@ def rope_tables(rope: Rope, angles: F32) -> tuple[F32, F32]:
     return magnitude * np.cos(wide), magnitude * np.sin(wide)
 
 
+def layer_part(model: ModelSpec, tensors: Mapping[str, PackedTensor], n: int) -> PackedPart:
+    """The matrices of layer n, by the products that they belong to."""
+    at, features = f"blk.{n}.", model.features
+    products = {
+        "qkv": ["attn_qkv"] if Feature.FUSED_QKV in features else ["attn_q", "attn_k", "attn_v"],
+        "out": ["attn_output"],
+        "gate_up": ["ffn_up"] if Feature.FUSED_GATE_UP in features else ["ffn_gate", "ffn_up"],
+        "down": ["ffn_down"],
+    }
+    matrices = {
+        f"{product}.{i}": matrix
+        for product, names in products.items()
+        for i, matrix in enumerate(stacked([tensors[f"{at}{name}.weight"] for name in names]))
+    }
+    return PackedPart(f"layer-{n}", matrices)
+
+
+def head_part(model: ModelSpec, tensors: Mapping[str, PackedTensor]) -> PackedPart:
+    """The head, cut by rows into matrices of at most `HEAD_BYTES`."""
+    tensor = tensors[model.head_tensor]
+    step = max(1, HEAD_BYTES * tensor.rows // tensor.nbytes)
+    cuts = [slice(at, min(at + step, tensor.rows)) for at in range(0, tensor.rows, step)]
+    return PackedPart("head", {f"head.{i}": Matrix((tensor.part(rows),)) for i, rows in enumerate(cuts)})
+
+
 @dataclass(slots=True)
 class Graph:
     """A graph under construction."""
 
     model: ModelSpec
     context: int
-    tensors: dict[str, PackedTensor]
-    source: TensorSource
-    vectors: dict[str, F32]
-    rope: F32
-    """One of the rope tables, for its shape."""
-    external: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """Initializers that go to the session beside the graph."""
+    vectors: Mapping[str, F32]
+    pairs: int = 0
+    """Columns of the rope tables."""
     _nodes: list[Any] = field(default_factory=list)
     _initializers: list[Any] = field(default_factory=list)
     _inputs: list[Any] = field(default_factory=list)
     _outputs: list[Any] = field(default_factory=list)
+    _known: set[str] = field(default_factory=set)
 
-    def layers(self, first: int, last: int) -> bytes:
-        """x → y, both [1, tokens, width], through layers first … last-1; the model, serialised."""
+    def layers(self, parts: Mapping[int, tuple[PackedPart, str]]) -> bytes:
+        """x → y, both [1, tokens, width], through layers, each with its file; the model, serialised."""
         self._input("x", TensorProto.FLOAT, [1, "tokens", self.model.width])
         self._input("last", TensorProto.INT32, [1])
         self._input("total", TensorProto.INT32, [1])
-        for name in ROPE_TABLES:
-            self._external(name, self.rope, held=False)
+        for windowed in sorted({self.model.windowed[n] for n in parts}):
+            for name in rope_names(windowed):
+                self._external(name, "float32", (self.context, self.pairs), "memory", 0)
         h = "x"
-        for n in range(first, last):
-            h = self._layer(n, h)
+        for n, (part, file) in parts.items():
+            self._place(f"blk.{n}.", part, file)
+            h = self._layer(n, part, h)
         self._op("Identity", [h], "y")
         self._output("y", [1, "tokens", self.model.width])
         return self._serialised()
 
-    def head(self, rows: slice) -> bytes:
-        """x [1, rows, width] → y [1, rows, those of the vocabulary]."""
+    def head(self, part: PackedPart, file: str) -> bytes:
+        """x [1, rows, width] → y [1, rows, vocab]."""
         self._input("x", TensorProto.FLOAT, [1, "rows", self.model.width])
+        self._place("", part, file)
         normed = self._norm("head.norm", "x", HEAD_NORM)
-        matrix = load_operands([self.tensors[self.model.head_tensor].part(rows)], self.source)
-        logits = self._multiply("head", normed, matrix)
-        self._op("Identity", [logits], "y")
-        self._output("y", [1, "rows", rows.stop - rows.start])
+        self._op("Identity", [self._product("", "head", normed, part)], "y")
+        self._output("y", [1, "rows", self.model.vocab])
         return self._serialised()
 
-    def _layer(self, n: int, h: str) -> str:
-        at, model = f"blk.{n}.", self.model
+    def _layer(self, n: int, part: PackedPart, h: str) -> str:
+        at, post = f"blk.{n}.", Feature.POST_NORMS in self.model.features
         x = self._norm(at + "normed", h, at + "attn_norm.weight")
-        names = [at + f"attn_{part}" for part in "qkv"]
-        qkv = self._linear(at + "qkv", x, names)
-        mixed = self._attention(n, qkv)
-        out = self._linear(at + "out", mixed, [at + "attn_output"])
+        mixed = self._attention(n, self._linear(at, "qkv", x, part, ["attn_q", "attn_k", "attn_v"]))
+        out = self._linear(at, "out", mixed, part, ["attn_output"])
+        if post:
+            out = self._norm(at + "out.post", out, at + POST_ATTENTION_NORM)
         x, h = self._residual_norm(at, out, h)
-        both = self._linear(at + "gate_up", x, [at + "ffn_gate", at + "ffn_up"])
-        gate, up = self._split(at + "ffn", both, [model.ffn_width, model.ffn_width])
-        gate = self._op("QuickGelu", [gate], at + "silu", domain=_MICROSOFT, alpha=1.0)
-        gated = self._op("Mul", [gate, up], at + "gated")
-        down = self._linear(at + "down", gated, [at + "ffn_down"])
+        down = self._feed_forward(at, x, part)
+        if post:
+            down = self._norm(at + "down.post", down, at + POST_FFN_NORM)
         return self._op("Add", [h, down], at + "y")
+
+    def _feed_forward(self, at: str, x: str, part: PackedPart) -> str:
+        both = self._linear(at, "gate_up", x, part, ["ffn_gate", "ffn_up"])
+        gate, up = self._split(at + "ffn", both, [self.model.ffn_width, self.model.ffn_width])
+        return self._linear(at, "down", self._gated(at, gate, up), part, ["ffn_down"])
+
+    def _gated(self, at: str, gate: str, up: str) -> str:
+        features = self.model.features
+        if Feature.CLAMPED_SWIGLU in features:
+            low, high = self._real(-_CLAMP), self._real(_CLAMP)
+            gate = self._op("Min", [gate, high], at + "gate.clamped")
+            gate = self._op("QuickGelu", [gate], at + "gate.active", domain=_MICROSOFT, alpha=_SLOPE)
+            up = self._op("Clip", [up, low, high], at + "up.clamped")
+            up = self._op("Add", [up, self._real(1.0)], at + "up.moved")
+        elif Feature.GELU in features:
+            gate = self._op("Gelu", [gate], at + "gate.active", approximate="tanh")
+        else:  # x * sigmoid(x)
+            gate = self._op("QuickGelu", [gate], at + "gate.active", domain=_MICROSOFT, alpha=1.0)
+        return self._op("Mul", [gate, up], at + "gated")
 
     def _residual_norm(self, at: str, out: str, h: str) -> tuple[str, str]:
         """The norm of out + h, and out + h itself."""
@@ -140,15 +190,22 @@ class Graph:
         for kind in ("keys", "values"):
             self._input(at + "past_" + kind, TensorProto.FLOAT, cache)
             self._output(at + kind, cache)
+        rope = rope_names(model.windowed[n])
+        inputs += [at + "past_keys", at + "past_values", "last", "total", *rope]
+        if Feature.SINKS in model.features:
+            inputs += ["", "", self._vector(at + "attn_sinks.weight")]
+        window = model.window_of(n)
         self._nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                [*inputs, at + "past_keys", at + "past_values", "last", "total", *ROPE_TABLES],
+                inputs,
                 [at + "mixed", at + "keys", at + "values"],
                 domain=_MICROSOFT,
                 num_heads=model.heads,
                 kv_num_heads=model.kv_heads,
                 scale=model.attention_scale,
+                softcap=model.attention_cap,
+                local_window_size=window or -1,
                 do_rotary=1,
                 rotary_interleaved=int(model.rope.kind is RopeKind.INTERLEAVED),
             )
@@ -176,53 +233,61 @@ class Graph:
         normed = self._norm(name + ".normed", split, f"{at}attn_{part}_norm.weight")
         return self._op("Reshape", [normed, self._integers([1, 0, -1])], name)
 
-    def _linear(self, to: str, x: str, names: Sequence[str]) -> str:
+    def _linear(self, at: str, product: str, x: str, part: PackedPart, names: Sequence[str]) -> str:
         """The outputs of several matrices side by side, with their biases."""
-        y = self._product(to, x, [name + ".weight" for name in names])
-        biases = [self.vectors.get(name + ".bias") for name in names]
+        y = self._product(at, product, x, part)
+        biases = [self.vectors.get(f"{at}{name}.bias") for name in names]
         if all(bias is None for bias in biases):
             return y
         whole = [
-            np.zeros(self.tensors[name + ".weight"].rows, np.float32) if bias is None else bias
+            np.zeros(self.model.tensor_shape(f"{at}{name}.weight")[1], np.float32) if bias is None else bias
             for name, bias in zip(names, biases, strict=True)
         ]
-        return self._op("Add", [y, self._constant(to + ".bias", np.concatenate(whole))], to + ".biased")
+        bias = self._constant(f"{at}{product}.bias", np.concatenate(whole))
+        return self._op("Add", [y, bias], f"{at}{product}.biased")
 
-    def _product(self, to: str, x: str, names: Sequence[str]) -> str:
-        """Neighbours of one form become one product; what differs is put beside it."""
-        runs: list[list[PackedTensor]] = []
-        for tensor in (self.tensors[name] for name in names):
-            if runs and Form.of(runs[-1][0]) == Form.of(tensor):
-                runs[-1].append(tensor)
-            else:
-                runs.append([tensor])
-        parts = [
-            self._multiply(f"{to}.{i}", x, load_operands(run, self.source)) for i, run in enumerate(runs)
-        ]
-        return parts[0] if len(parts) == 1 else self._op("Concat", parts, to, axis=-1)
+    def _product(self, at: str, product: str, x: str, part: PackedPart) -> str:
+        """Products with several matrices are put beside one another."""
+        own = {name: matrix for name, matrix in part.matrices.items() if name.startswith(product + ".")}
+        answers = [self._multiply(at + name, x, matrix) for name, matrix in own.items()]
+        return answers[0] if len(answers) == 1 else self._op("Concat", answers, at + product, axis=-1)
 
-    def _multiply(self, to: str, x: str, matrix: Operands) -> str:
-        if matrix.codes is None or matrix.scales is None:
-            assert matrix.dense is not None
-            return self._op("MatMul", [x, self._external(to + ".dense", matrix.dense)], to)
-        y = self._op(
+    def _multiply(self, to: str, x: str, matrix: Matrix) -> str:
+        form: Form = matrix.form
+        if form.bits == 32:
+            return self._op("FusedMatMul", [x, to + ".dense"], to, domain=_MICROSOFT, transB=1)
+        operands = [x, to + ".codes", to + ".scales"]
+        if not form.minimums:
+            return self._by_bits(to, operands, matrix.rows, matrix.columns, form.bits, form.block)
+        operands.append(to + ".zeros")
+        y = self._by_bits(to + ".codes_only", operands, matrix.rows, matrix.columns, form.bits, form.block)
+        rests = [self._block_sums(x, form.block), to + ".rests", to + ".rest_scales"]
+        rest = self._by_bits(to + ".rest", rests, matrix.rows, matrix.columns // form.block, 8, REST_BLOCK)
+        return self._op("Add", [y, rest], to)
+
+    def _by_bits(
+        self, to: str, operands: Sequence[str], rows: int, columns: int, bits: int, block: int
+    ) -> str:
+        return self._op(
             "MatMulNBits",
-            [x, self._external(to + ".codes", matrix.codes), self._external(to + ".scales", matrix.scales)],
+            operands,
             to,
             domain=_MICROSOFT,
-            K=matrix.columns,
-            N=matrix.rows,
-            bits=matrix.form.bits,
-            block_size=matrix.form.block,
+            K=columns,
+            N=rows,
+            bits=bits,
+            block_size=block,
             accuracy_level=4,  # activations in 8 bits, as llama.cpp has them: three times as fast
         )
-        if matrix.offsets is None:
-            return y
-        shape = self._integers([1, 0, -1, matrix.form.block])
-        blocks = self._op("Reshape", [x, shape], to + ".blocks")
-        sums = self._op("ReduceSum", [blocks, self._integers([-1])], to + ".sums", keepdims=0)
-        rest = self._op("MatMul", [sums, self._external(to + ".offsets", matrix.offsets)], to + ".rest")
-        return self._op("Add", [y, rest], to + ".sum")
+
+    def _block_sums(self, x: str, block: int) -> str:
+        """Of the activations, block by block; once for all that multiply the same ones."""
+        name = f"{x}.sums{block}"
+        if name not in self._known:
+            self._known.add(name)
+            blocks = self._op("Reshape", [x, self._integers([1, 0, -1, block])], f"{x}.blocks{block}")
+            self._op("ReduceSum", [blocks, self._integers([-1])], name, keepdims=0)
+        return name
 
     def _norm(self, to: str, x: str, weight: str) -> str:
         return self._op(
@@ -248,21 +313,27 @@ class Graph:
     def _integers(self, values: Sequence[int]) -> str:
         return self._constant("i." + ".".join(map(str, values)), np.array(values, np.int64))
 
+    def _real(self, value: float) -> str:
+        return self._constant(f"r.{value}", np.array(value, np.float32))
+
     def _constant(self, name: str, values: NDArray[Any]) -> str:
-        if all(known.name != name for known in self._initializers):
+        if name not in self._known:
+            self._known.add(name)
             self._initializers.append(numpy_helper.from_array(values, name))
         return name
 
-    def _external(self, name: str, values: NDArray[Any], *, held: bool = True) -> str:
-        """Declare an initializer whose values are handed to the session; not `held`: by someone else."""
-        proto = TensorProto(name=name, data_type=_TYPES[values.dtype.name], dims=values.shape)
+    def _place(self, at: str, part: PackedPart, file: str) -> None:
+        """Declare the operands of a part, which lie in its file."""
+        for name, place in part.places.items():
+            self._external(at + name, place.operand.dtype, place.operand.shape, file, place.offset)
+
+    def _external(self, name: str, dtype: str, shape: Sequence[int], location: str, offset: int) -> None:
+        proto = TensorProto(name=name, data_type=_TYPES[dtype], dims=shape)
         proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
+        length = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
             proto.external_data.add(key=key, value=value)
         self._initializers.append(proto)
-        if held:
-            self.external[name] = values
-        return name
 
     def _input(self, name: str, kind: int, shape: Sequence[int | str]) -> None:
         self._inputs.append(helper.make_tensor_value_info(name, kind, shape))

@@ -29,7 +29,8 @@ Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
 # Plain integers would widen the arithmetic of the type checker, though not numpy's.
-_4, _6, _LOW, _SIX = np.uint8(4), np.uint8(6), np.uint8(15), np.uint8(63)
+_4, _LOW = np.uint8(4), np.uint8(15)
+_SIX, _LOWS, _TOPS = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Groups:
         return int(self.codes.shape[1]) // int(self.scales.shape[1])
 
 
-def _f16(raw: Bytes) -> F32:
+def halfs(raw: Bytes) -> F32:
     """Little-endian halfs at the end of the axis, as float32."""
     return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
 
@@ -71,38 +72,40 @@ def _fifth_bits(raw: Bytes) -> Bytes:
 
 
 def _q4_0(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 2:]), 4, 8, _f16(b[..., :2]), None)
+    return Groups(_nibbles(b[..., 2:]), 4, 8, halfs(b[..., :2]), None)
 
 
 def _q4_1(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 4:]), 4, 0, _f16(b[..., :2]), -_f16(b[..., 2:4]))
+    return Groups(_nibbles(b[..., 4:]), 4, 0, halfs(b[..., :2]), -halfs(b[..., 2:4]))
 
 
 def _q5_0(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), 5, 16, _f16(b[..., :2]), None)
+    return Groups(_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), 5, 16, halfs(b[..., :2]), None)
 
 
 def _q5_1(b: Bytes) -> Groups:
     codes = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
-    return Groups(codes, 5, 0, _f16(b[..., :2]), -_f16(b[..., 2:4]))
+    return Groups(codes, 5, 0, halfs(b[..., :2]), -halfs(b[..., 2:4]))
 
 
 def _q8_0(b: Bytes) -> Groups:
-    return Groups(b[..., 2:] ^ np.uint8(0x80), 8, 128, _f16(b[..., :2]), None)
+    return Groups(b[..., 2:] ^ np.uint8(0x80), 8, 128, halfs(b[..., :2]), None)
 
 
-def _k_scales(b: Bytes) -> tuple[F32, F32]:
+def k_scales(b: Bytes) -> tuple[F32, F32]:
     """Scales and minimums of the 8 groups of a Q4_K or Q5_K block: two halfs times 6-bit factors.
 
     The 12 bytes hold the factors of groups 0-3 in the low six bits of bytes 0-3 (scale) and 4-7
     (minimum); groups 4-7 have their low nibbles in bytes 8-11 and their top two bits above those six.
     """
-    first, second, low = b[..., 4:8], b[..., 8:12], b[..., 12:16]
-    scales = np.concatenate((first & _SIX, (low & _LOW) | (first >> _6 << _4)), axis=-1)
-    minimums = np.concatenate((second & _SIX, (low >> _4) | (second >> _6 << _4)), axis=-1)
+    # Four factors at a time, as the bytes of a word.
+    words: NDArray[np.uint32] = np.ascontiguousarray(b[..., 4:16]).view("<u4")
+    first, second, low = words[..., 0], words[..., 1], words[..., 2]
+    scales = np.stack((first & _SIX, (low & _LOWS) | (first >> 2 & _TOPS)), axis=-1)
+    minimums = np.stack((second & _SIX, (low >> 4 & _LOWS) | (second >> 2 & _TOPS)), axis=-1)
     return (
-        _f16(b[..., :2]) * scales.astype(np.float32),
-        _f16(b[..., 2:4]) * minimums.astype(np.float32),
+        halfs(b[..., :2]) * scales.view(np.uint8).astype(np.float32),
+        halfs(b[..., 2:4]) * minimums.view(np.uint8).astype(np.float32),
     )
 
 
@@ -113,12 +116,12 @@ def _k_nibbles(raw: Bytes) -> Bytes:
 
 
 def _q4_k(b: Bytes) -> Groups:
-    scales, minimums = _k_scales(b)
+    scales, minimums = k_scales(b)
     return Groups(_k_nibbles(b[..., 16:]), 4, 0, scales, minimums)
 
 
 def _q5_k(b: Bytes) -> Groups:
-    scales, minimums = _k_scales(b)
+    scales, minimums = k_scales(b)
     shifts = np.arange(8, dtype=np.uint8)[:, None]  # group g has its fifth bits in bit g of the 32 bytes
     fifth = (b[..., None, 16:48] >> shifts & np.uint8(1)) << _4
     codes = _k_nibbles(b[..., 48:]) | fifth.reshape(*b.shape[:-1], 256)
@@ -132,13 +135,13 @@ def _q6_k(b: Bytes) -> Groups:
     high = (b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> shifts & np.uint8(3)) << _4
     codes = low.reshape(*b.shape[:-1], 256) | high.reshape(*b.shape[:-1], 256)
     factors = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
-    return Groups(codes, 6, 32, _f16(b[..., 208:210]) * factors, None)
+    return Groups(codes, 6, 32, halfs(b[..., 208:210]) * factors, None)
 
 
 def _q2_k(b: Bytes) -> Groups:
     factors = b[..., :16]
-    scales = _f16(b[..., 80:82]) * (factors & _LOW).astype(np.float32)
-    minimums = _f16(b[..., 82:84]) * (factors >> _4).astype(np.float32)
+    scales = halfs(b[..., 80:82]) * (factors & _LOW).astype(np.float32)
+    minimums = halfs(b[..., 82:84]) * (factors >> _4).astype(np.float32)
     return Groups(_crumbs(b[..., 16:80]), 2, 0, scales, minimums)
 
 
@@ -158,7 +161,7 @@ def _q3_k(b: Bytes) -> Groups:
     top = (b[..., None, 104:108] >> np.array([[0], [2], [4], [6]], dtype=np.uint8)) & np.uint8(3)
     factors = _nibbles(b[..., 96:104]) | top.reshape(*b.shape[:-1], 16) << _4
     signed = factors.view(np.int8) - np.int8(32)
-    return Groups(codes, 3, 4, _f16(b[..., 108:110]) * signed.astype(np.float32), None)
+    return Groups(codes, 3, 4, halfs(b[..., 108:110]) * signed.astype(np.float32), None)
 
 
 # What a code of four bits stands for, moved to be positive: the steps of IQ4, the floats of MXFP4 doubled.
@@ -167,7 +170,7 @@ _E2M1_STEPS: Final = np.array(quants.MXFP4.kvalues, dtype=np.int8).view(np.uint8
 
 
 def _iq4_nl(b: Bytes) -> Groups:
-    return Groups(_IQ4_STEPS[_nibbles(b[..., 2:])], 8, 128, _f16(b[..., :2]), None)
+    return Groups(_IQ4_STEPS[_nibbles(b[..., 2:])], 8, 128, halfs(b[..., :2]), None)
 
 
 def _iq4_xs(b: Bytes) -> Groups:
@@ -176,7 +179,7 @@ def _iq4_xs(b: Bytes) -> Groups:
     factors = low.reshape(*b.shape[:-1], 8) | top.reshape(*b.shape[:-1], 8) << _4
     signed = factors.view(np.int8) - np.int8(32)
     codes = _nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
-    return Groups(_IQ4_STEPS[codes], 8, 128, _f16(b[..., :2]) * signed.astype(np.float32), None)
+    return Groups(_IQ4_STEPS[codes], 8, 128, halfs(b[..., :2]) * signed.astype(np.float32), None)
 
 
 def _mxfp4(b: Bytes) -> Groups:

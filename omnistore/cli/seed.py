@@ -205,7 +205,8 @@ async def _answer_locally(output: Output, daemon: Daemon) -> None:
 
 def _tell_evicted(output: Output, swept: Swept) -> None:
     output.event("evicted", models=list(swept.models), bytes=swept.bytes)
-    output.note(f"freed {size(swept.bytes)} to stay under the disk cap: {', '.join(swept.models)}")
+    what = ", ".join(swept.models) or f"{len(swept.files)} files that engines had packed"
+    output.note(f"freed {size(swept.bytes)} to stay under the disk cap: {what}")
 
 
 def _report(output: Output, event: NodeEvent) -> None:

@@ -23,6 +23,7 @@ from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.config import Config, make_home
 from omnistore.errors import BlockMissing, DigestMismatch, LocalProtocolError, SourceChanged, StoreError
 from omnistore.manifest import PartKey
+from omnistore.store import packed
 from omnistore.store.assembly import FileAssembly
 from omnistore.store.database import Database
 from omnistore.store.disk import FileLock, boot_id
@@ -53,6 +54,10 @@ class FileStore:
     def models_directory(self) -> Path:
         """Where files of ours are, one directory for each manifest."""
         return self.config.home / "models"
+
+    @property
+    def packed_directory(self) -> Path | None:
+        return self.config.home / packed.DIRECTORY
 
     def lock_model(self, manifest: CID, name: str, *, brief: bool = False, wait: bool = False) -> FileLock:
         """Keep others from writing this model's files. Raises `StoreLocked`."""

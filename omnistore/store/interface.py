@@ -109,6 +109,11 @@ class Assembly(Protocol):
 class Store(Protocol):
     """Blocks, nodes and models of one home."""
 
+    @property
+    def packed_directory(self) -> Path | None:
+        """Where engines keep what they made of parts, in files named after them; None to keep nothing."""
+        ...
+
     def has(self, cid: CID) -> bool:
         """Whether the block or node is held (by the index; `read` re-checks the bytes)."""
         ...

@@ -22,6 +22,8 @@ from omnistore.store.models import by_file, checked, choose_model, names_of, ope
 class MemoryStore:
     """Blocks, nodes and models in memory."""
 
+    packed_directory: Path | None = None
+
     def __init__(self) -> None:
         self._blocks: dict[CID, bytes] = {}
         self._models: dict[CID, CID] = {}

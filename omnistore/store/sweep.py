@@ -2,7 +2,8 @@
 
 Mark and sweep in SQL, in one transaction; files are deleted after it has committed. A crash in
 between leaves files that the index does not name, which the next sweep deletes. The last
-copy of a block that a pin reaches stays, whichever model's file it lies in.
+copy of a block that a pin reaches stays, whichever model's file it lies in. What engines packed goes with
+the last model that has the part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from omnistore.errors import StoreLocked
 from omnistore.store.disk import FileLock, allocated, reported
 from omnistore.store.files import FileStore
 from omnistore.store.index import part_path
+from omnistore.store.packed import unreached
 from omnistore.store.publish import INCOMING
 
 _MARK: Final = (
@@ -64,13 +66,16 @@ def sweep(
     """
     with ExitStack() as stack:
         busy = _lock_unpinned(store, stack)
-        models, nodes, garbage = _sweep_index(store, busy, only, now - store.config.node_grace, dry_run)
+        models, nodes, garbage, parts = _sweep_index(
+            store, busy, only, now - store.config.node_grace, dry_run
+        )
         doomed = [path for path, owned in garbage if owned]
         found = [path for base in doomed for path in (base, part_path(base)) if path.exists()]
-        freed = _free(found, dry_run)
+        found += unreached(store.config.home, parts, now)
+        freed = free_files(found, dry_run)
     for path in _orphans(store):
         if path not in found:
-            freed += _free([path], dry_run)
+            freed += free_files([path], dry_run)
             found.append(path)
     if not dry_run:
         _remove_empty(store)
@@ -91,7 +96,9 @@ def _lock_unpinned(store: FileStore, stack: ExitStack) -> set[bytes]:
 
 def _sweep_index(
     store: FileStore, busy: Iterable[bytes], only: Collection[int] | None, before: float, dry_run: bool
-) -> tuple[tuple[str, ...], int, list[tuple[Path, bool]]]:
+) -> tuple[tuple[str, ...], int, list[tuple[Path, bool]], set[bytes]]:
+    """Names of models that went, how many nodes did, garbage files with whether they are ours, and the
+    digests of the parts that models still have."""
     with _transaction(store, dry_run) as db:
         for statement in _MARK:
             db.execute(statement)
@@ -116,7 +123,9 @@ def _sweep_index(
         nodes = db.execute(
             f"DELETE FROM nodes WHERE added < ? AND digest NOT IN ({_REACHED_NODES})", (int(before),)
         ).rowcount
-    return tuple(row[1] for row in unpinned), nodes, [(Path(path), bool(owned)) for _, path, owned in garbage]
+        parts = {node for (node,) in db.execute("SELECT DISTINCT node FROM parts")}
+    files = [(Path(path), bool(owned)) for _, path, owned in garbage]
+    return tuple(row[1] for row in unpinned), nodes, files, parts
 
 
 class _DryRun(Exception):
@@ -146,7 +155,7 @@ def _orphans(store: FileStore) -> Iterator[Path]:
                 held.remove()
 
 
-def _free(paths: Iterable[Path], dry_run: bool) -> int:
+def free_files(paths: Iterable[Path], dry_run: bool) -> int:
     """Delete files; the bytes that gives back, which is none while another name keeps them."""
     freed = 0
     for path in paths:

@@ -1,10 +1,12 @@
 """The ort engine beside llama.cpp: the same GGUF, the same threads, turn and turn about in one run.
 
-    python -m tests.bench.bench_engine [--types Q4_0 Q8_0 Q4_K_M] [--prompt 64] [--rounds 3]
+    python -m tests.bench.bench_engine [--types Q4_0 Q8_0 Q4_K_M] [--prompts 64 512] [--rounds 2]
 
-TinyLlama's shape with random weights. Each measurement is a process of its own; of the rounds the best
-counts, and beside it stands the range of the ratios of single rounds. llama.cpp comes from `make .peers`;
-without it there are our figures only.
+TinyLlama's shape with random weights; about 25 seconds a round and type. Each measurement is a process of its
+own; of the rounds the best counts, and beside it stands the range of the ratios of single rounds. Starts
+are timed from the process's own begin to the first token, the interpreter and its imports included:
+"first start" packs the weights and keeps the packed form, "next start" finds it. llama.cpp comes from
+`make .peers`; without it there are our figures only.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +30,42 @@ DECODED = 64
 CONTEXT = 1024
 
 
-def measure(model: Path, prompt: int) -> dict[str, float]:
-    """Ours, in this process."""
+def measure(model: Path, prompts: Sequence[int], began: float) -> dict[str, float]:
+    """Ours, in this process, which `began` at that time (seconds since 1970)."""
     from omninfer.engines import FileTensorSource, StageSpec, get_engine
 
+    class Kept(FileTensorSource):
+        """What the engine packs is found again by the next process."""
+
+        packed = model.with_suffix(".packed")
+
+        def origin(self, name: str) -> str | None:
+            return ".".join(name.split(".")[:2])
+
+    source = Kept(model)
     started = time.perf_counter()
-    source = FileTensorSource(model)
     stage = get_engine("ort").load(StageSpec.whole(source.model()), source, context=CONTEXT)
-    load = time.perf_counter() - started
-    seconds = []
-    for _ in range(2):
-        stage.drop(0)
+    result = {"load_s": time.perf_counter() - started}
+    for prompt in prompts:
+        tokens, seconds = np.arange(prompt, dtype=np.int32), []
+        for _ in range(2):
+            stage.drop(0)
+            at = time.perf_counter()
+            stage.forward(tokens, slot=0, position=0)
+            seconds.append(time.perf_counter() - at)
+            result.setdefault("first_token_s", time.time() - began)
+        result[f"prefill {prompt}"] = prompt / min(seconds)
         at = time.perf_counter()
-        stage.forward(np.arange(prompt, dtype=np.int32), slot=0, position=0)
-        seconds.append(time.perf_counter() - at)
-    at = time.perf_counter()
-    for i in range(DECODED):
-        stage.forward(np.array([i], np.int32), slot=0, position=prompt + i)
-    decode = time.perf_counter() - at
-    return {
-        "load_s": load,
-        "first_s": load + seconds[0],
-        "prefill": prompt / min(seconds),
-        "decode": DECODED / decode,
-        "peak": peak_bytes(),
-    }
+        for i in range(DECODED):
+            stage.forward(np.array([i], np.int32), slot=0, position=prompt + i)
+        result[f"decode at {prompt}"] = DECODED / (time.perf_counter() - at)
+    return {**result, "peak_mb": peak_bytes() / 1e6, "packed_mb": stage.nbytes / 1e6}
 
 
 def answer(command: list[str]) -> dict[str, float]:
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*command, str(time.time())], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     parsed: dict[str, float] = json.loads(done.stdout)
     return parsed
 
@@ -63,38 +73,49 @@ def answer(command: list[str]) -> dict[str, float]:
 def compare(kind: str, options: argparse.Namespace, directory: Path) -> None:
     from omninfer.engines.ort_engine import cores
 
-    model, prompt = directory / f"{kind}.gguf", str(options.prompt)
+    model, prompts = directory / f"{kind}.gguf", [str(prompt) for prompt in options.prompts]
     write_gguf(model, tinyllama(kind))
-    ours_command = [sys.executable, "-m", "tests.bench.bench_engine", "--measure", str(model)]
-    theirs_command = [options.peers, "tests/bench/llama_cpp_speed.py", str(model), str(cores()), prompt]
+    ours_command = [sys.executable, "-m", "tests.bench.bench_engine", "--prompts", *prompts]
+    theirs_command = [options.peers, "tests/bench/llama_cpp_speed.py", str(model), str(cores()), str(DECODED)]
     ours, theirs = [], []
-    for _ in range(options.rounds):
-        ours.append(answer([*ours_command, "--prompt", prompt]))
+    for _ in range(options.rounds + 1):  # the first packs
+        ours.append(answer([*ours_command, "--measure", str(model)]))
         if Path(options.peers).exists():
-            theirs.append(answer([*theirs_command, str(DECODED)]))
-    for what, best in (("prefill", max), ("decode", max), ("load_s", min), ("first_s", min), ("peak", min)):
-        mine = best(one[what] for one in ours)
-        unit = 1e6 if what == "peak" else 1.0
-        line = f"{kind:7} prompt {prompt:>4}  {what:8} ort {mine / unit:8.2f}"
-        if theirs:
-            limit = best(one[what] for one in theirs)
-            rounds = [a[what] / b[what] for a, b in zip(ours, theirs, strict=True)]
-            line += f"  llama.cpp {limit / unit:8.2f}  ratio {mine / limit:.2f}"
-            line += f"  (rounds {min(rounds):.2f} to {max(rounds):.2f})"
-        print(line, flush=True)
-    model.unlink()
+            theirs.append(answer([*theirs_command, *prompts]))
+    first, ours = ours[0], ours[1:]
+    unpacked = first["load_s"] - min(one["load_s"] for one in ours)
+    rate = first["packed_mb"] / 1e3 / unpacked
+    print(f"{kind:7} packing {rate:.2f} GB/s of weights over all cores, to the disk")
+    _show(kind, "first start", [first["first_token_s"]], [one["first_token_s"] for one in theirs], min)
+    _show(kind, "next start", *([one["first_token_s"] for one in side] for side in (ours, theirs)), min)
+    for what in ours[0]:
+        if what.startswith(("prefill", "decode")):
+            _show(kind, what, *([one[what] for one in side] for side in (ours, theirs[1:])), max)
+    _show(kind, "peak_mb", *([one["peak_mb"] for one in side] for side in ([first, *ours], theirs)), max)
+
+
+def _show(
+    kind: str, what: str, ours: list[float], theirs: list[float], best: Callable[[list[float]], float]
+) -> None:
+    line = f"{kind:7} {what:14} ort {best(ours):8.2f}"
+    if theirs:
+        rounds = [a / b for a, b in zip(ours, theirs, strict=False)]
+        line += f"  llama.cpp {best(theirs):8.2f}  ratio {best(ours) / best(theirs):.2f}"
+        line += f"  (rounds {min(rounds):.2f} to {max(rounds):.2f})"
+    print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q8_0", "Q4_K_M"])
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[64, 512])
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", default=str(ROOT / ".peers" / "bin" / "python"), help="llama.cpp's Python")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("FILE", "BEGAN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.prompt)))
+        file, began = options.measure
+        print(json.dumps(measure(Path(file), options.prompts, float(began))))
         return
     if not Path(options.peers).exists():
         print("llama.cpp is not here to be compared with: make .peers")

@@ -1,6 +1,6 @@
 """llama.cpp's side of bench_engine: prints one JSON object. Runs in the peers' environment, alone.
 
-python tests/bench/llama_cpp_speed.py MODEL.gguf THREADS PROMPT DECODED
+python tests/bench/llama_cpp_speed.py MODEL.gguf THREADS DECODED PROMPT… BEGAN
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_cpp as llama
 
 
-def main(model: str, threads: int, prompt: int, decoded: int) -> None:
+def main(model: str, threads: int, decoded: int, prompts: list[int], began: float) -> None:
     started = time.perf_counter()
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, None)
@@ -23,7 +23,7 @@ def main(model: str, threads: int, prompt: int, decoded: int) -> None:
     params.n_ctx, params.n_batch = 1024, 512
     params.n_threads = params.n_threads_batch = threads
     context = llama.llama_init_from_model(loaded, params)
-    load = time.perf_counter() - started
+    result = {"load_s": time.perf_counter() - started}
 
     def run(tokens: list[int]) -> None:
         array = (llama.llama_token * len(tokens))(*tokens)  # the batch only points to it
@@ -32,29 +32,23 @@ def main(model: str, threads: int, prompt: int, decoded: int) -> None:
             raise SystemExit("llama.cpp refused the batch")
         llama.llama_get_logits_ith(context, -1)
 
-    seconds = []
-    for _ in range(2):  # the first pays for what is made on demand
-        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+    for prompt in prompts:
+        seconds = []
+        for _ in range(2):  # the first pays for what is made on demand
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            at = time.perf_counter()
+            run(list(range(prompt)))
+            seconds.append(time.perf_counter() - at)
+            result.setdefault("first_token_s", time.time() - began)
+        result[f"prefill {prompt}"] = prompt / min(seconds)
         at = time.perf_counter()
-        run(list(range(prompt)))
-        seconds.append(time.perf_counter() - at)
-    at = time.perf_counter()
-    for token in range(decoded):
-        run([token])
-    decode = time.perf_counter() - at
+        for token in range(decoded):
+            run([token])
+        result[f"decode at {prompt}"] = decoded / (time.perf_counter() - at)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    print(
-        json.dumps(
-            {
-                "load_s": load,
-                "first_s": load + seconds[0],
-                "prefill": prompt / min(seconds),
-                "decode": decoded / decode,
-                "peak": int(peak.split()[1]) * 1024,
-            }
-        )
-    )
+    print(json.dumps({**result, "peak_mb": int(peak.split()[1]) * 1024 / 1e6}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    path, threads, decoded, *prompts, began = sys.argv[1:]
+    main(path, int(threads), int(decoded), list(map(int, prompts)), float(began))

@@ -169,16 +169,29 @@ def test_mlx_agrees_with_numpy_on_every_type(kind: str) -> None:
     assert cosine.min() > 0.9995
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+ORT_VARIANTS = VARIANTS | {
+    "gemma": partial(noise_model, "gemma"),
+    "gemma2": partial(noise_model, "gemma2"),
+    "gemma3": partial(noise_model, "gemma3", block_count=7),
+    "phi3": partial(noise_model, "phi3"),
+    "heads that are padded": partial(
+        noise_model, attention__key_length=24, attention__value_length=24, rope__dimension_count=24
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", ORT_VARIANTS)
 def test_ort_agrees_with_numpy_on_every_variant(variant: str) -> None:
-    expected, logits = both(VARIANTS[variant](), "ort")
+    expected, logits = both(ORT_VARIANTS[variant](), "ort")
     assert np.abs(logits - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ort_agrees_with_numpy_on_every_type(kind: str) -> None:
-    # Activations are 8 bits wide in products with quantised weights.
+    # Activations are 8 bits wide in products with quantised weights. Minimums of noise are far larger beside
+    # their scales than a quantiser's, which makes the most of the rounding of their rests.
     expected, logits = both(noise_model(kind=kind), "ort")
-    assert np.abs(logits - expected).max() < (1e-4 if kind in ("F16", "BF16") else 0.15)
+    minimums = kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+    assert np.abs(logits - expected).max() < (1e-4 if kind in ("F16", "BF16") else 0.2 if minimums else 0.1)
     cosine = (logits * expected).sum(-1) / np.linalg.norm(logits, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert cosine.min() > 0.999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import time
@@ -152,7 +153,7 @@ def test_a_crash_before_the_files_are_deleted_loses_nothing_else(
         raise Crash
 
     cap = all_but_one(store)
-    monkeypatch.setattr(sweep, "_free", crash)
+    monkeypatch.setattr(sweep, "free_files", crash)
     with pytest.raises(Crash):
         evict(store, cap, now=NOW)
     monkeypatch.undo()
@@ -221,3 +222,39 @@ def test_a_pin_of_what_is_evicted_at_that_moment_fetches_it_again(home: Path, tm
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def packed_for(store: FileStore, one: Sample, used: float) -> list[Path]:
+    """What an engine would keep of a model: a file for each of two parts."""
+    directory = store.packed_directory
+    assert directory is not None
+    directory.mkdir(exist_ok=True)
+    made = []
+    for ref in store.model(one.signed.cid).manifest.parts[1:3]:
+        path = directory / f"{ref.cid}-0123456789abcdef.ort"
+        path.write_bytes(b"x" * 8192)
+        os.utime(path, (used, used))
+        made.append(path)
+    return made
+
+
+def test_what_engines_packed_goes_before_any_model(store: FileStore, three: list[Sample]) -> None:
+    older, newer = packed_for(store, three[2], LONG_AGO), packed_for(store, three[0], LONG_AGO + 1)
+    assert owned_bytes(store) >= 4 * 8192
+    (swept,) = evict(store, all_but_one(store), now=NOW)
+    assert swept.models == () and swept.bytes == 8192 and len(swept.files) == 1
+    assert swept.files[0] in older and all(path.exists() for path in newer)
+    assert len(names(store)) == 3
+
+
+def test_what_was_packed_goes_with_its_model(store: FileStore, three: list[Sample]) -> None:
+    gone, abandoned = packed_for(store, three[0], NOW), Path(f"{store.packed_directory}/.abc.new")
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (NOW - 7200, NOW - 7200))
+    fresh = abandoned.with_name(".def.new")
+    fresh.write_bytes(b"half")
+    os.utime(fresh, (NOW, NOW))
+    assert sweep.sweep(store, now=NOW, dry_run=True).bytes > 0 and gone[0].exists()
+    swept = sweep.sweep(store, now=NOW)
+    assert {*gone, abandoned} <= set(swept.files)
+    assert list(fresh.parent.iterdir()) == [fresh]

@@ -23,6 +23,8 @@ from omninfer.engines import (
     weigh_engines,
 )
 from omninfer.engines.blas import limit_blas_to_one_thread
+from omninfer.engines.checks import check_tensors
+from omninfer.engines.ort_graph import head_part
 from omninfer.testing.noise import noise_model
 from omnistore.errors import BadConfig, InputError, SourceChanged, UnsupportedModel
 from omnistore.testing.tiny_gguf import TinyTensor, tiny_gguf
@@ -131,11 +133,11 @@ def test_auto_takes_mlx_where_a_gpu_answers(
 
 
 def test_auto_takes_numpy_for_what_ort_lacks() -> None:
-    model = noise_model("gemma2")[0]
+    model, source = noise_model("qwen3moe")
     assert pick_engine("auto", model).name == "numpy"
-    assert pick_engine("auto", noise_model()[0]).name == "ort"
-    with pytest.raises(UnsupportedModel, match=r"ort has no .*POST_NORMS"):
-        get_engine("ort").load(StageSpec.whole(model), noise_model("gemma2")[1], context=8)
+    assert pick_engine("auto", noise_model("gemma2")[0]).name == "ort"
+    with pytest.raises(UnsupportedModel, match=r"ort has no .*EXPERTS"):
+        get_engine("ort").load(StageSpec.whole(model), source, context=8)
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -151,10 +153,10 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
 
 def test_auto_names_what_an_engine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.accelerated", lambda self: False)
-    engine, reason = choose_engine("auto", noise_model("gemma2")[0])
+    engine, reason = choose_engine("auto", noise_model("qwen3moe")[0])
     assert engine.name == "numpy"
     assert reason.startswith("no other engine can be taken; mlx: no GPU answers")
-    assert "ort: it lacks " in reason and "POST_NORMS" in reason
+    assert "ort: it lacks " in reason and "EXPERTS" in reason
 
 
 def test_doctor_names_the_reason_for_each_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,10 +221,10 @@ def test_a_head_cut_by_rows_gives_the_same_logits(monkeypatch: pytest.MonkeyPatc
     model, source = noise_model(kind=kind)
     spec = StageSpec(model, model.layers, model.layers, embed=False, head=True)
     x = np.random.default_rng(5).standard_normal((3, model.width), dtype=np.float32)
-    whole: Any = get_engine("ort").load(spec, source, context=8)
-    monkeypatch.setattr("omninfer.engines.ort_engine.SEGMENT_BYTES", whole.nbytes // 3)
-    cut: Any = get_engine("ort").load(spec, source, context=8)
-    assert len(whole.heads) == 1 and len(cut.heads) > 2
+    whole = get_engine("ort").load(spec, source, context=8)
+    monkeypatch.setattr("omninfer.engines.ort_graph.HEAD_BYTES", whole.nbytes // 3)
+    assert len(head_part(model, check_tensors(spec, source)).matrices) > 2
+    cut = get_engine("ort").load(spec, source, context=8)
     expected = whole.forward(x, slot=0, position=0, logits="all")
     assert expected.shape == (3, model.vocab)
     np.testing.assert_allclose(cut.forward(x, slot=0, position=0, logits="all"), expected, atol=1e-5)
