@@ -9,13 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from libp2p.host.autonat.pb import autonat_pb2
 from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb import circuit_pb2
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
 from omnistore.cid import CID
 from omnistore.dht.records import distance, peer_id_bytes_untrusted, peer_untrusted, provider_key
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
 from omnistore.keys import PrivateKey
+from omnistore.net import delimited
+from omnistore.net.dialback import Declined, DialBacks
 from omnistore.net.interface import Provider
 from omnistore.net.kad_protocol import PROTOCOL
 from omnistore.net.kademlia import KademliaNode
@@ -53,6 +58,53 @@ def test_addresses(vector: dict[str, str | None]) -> None:
     peer = bytes.fromhex(VECTORS["peers"][0]["binary"])
     found = peer_untrusted(peer, [bytes.fromhex(vector["binary"] or "")])
     assert found.addrs == (() if vector["text"] is None else (vector["text"],))
+
+
+@pytest.mark.parametrize("vector", VECTORS["dial_backs"], ids=lambda vector: vector["seen_at"])
+def test_what_is_dialled_back(vector: dict[str, Any]) -> None:
+    targets = DialBacks().ask("anybody", vector["seen_at"], vector["named"], now=0)
+    assert ([] if isinstance(targets, Declined) else targets) == vector["dialled"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("vector", VECTORS["small_messages"], ids=lambda v: f"{v['protocol']} {v['name']}")
+async def test_messages_of_relays_autonat_and_hole_punching(vector: dict[str, Any]) -> None:
+    """Read from the bytes, each says what the vector says; and nothing more is read."""
+
+    class Read:
+        peer = "somebody"
+        rest = bytes.fromhex(vector["framed"]) + b"next"
+
+        async def receive_exactly(self, count: int) -> bytes:
+            data, self.rest = self.rest[:count], self.rest[count:]
+            return data
+
+    read: Any = Read()
+    peer = peer_id_bytes_untrusted(vector["peer"]) if "peer" in vector else b""
+    addrs: list[bytes] = []
+    match vector["protocol"].split("/")[-1]:
+        case "hop":
+            found = await delimited.receive_untrusted(read, circuit_pb2.HopMessage)
+            assert circuit_pb2.HopMessage.Type.Name(found.type) == vector["name"]
+            assert found.peer.id == peer
+        case "stop":
+            found = await delimited.receive_untrusted(read, circuit_pb2.StopMessage)
+            assert circuit_pb2.StopMessage.Type.Name(found.type) == vector["name"]
+            assert (found.peer.id, found.limit.duration, found.limit.data) == (
+                peer, vector["seconds"], vector["bytes"],
+            )  # fmt: skip
+        case "1.0.0":
+            found = await delimited.receive_untrusted(read, autonat_pb2.Message)
+            addrs = [*found.dial.peer.addrs, *filter(None, [found.dialResponse.addr])]
+            assert found.dial.peer.id == peer
+            status = autonat_pb2.Message.ResponseStatus.Name(found.dialResponse.status)
+            assert ("DIAL" if found.type == autonat_pb2.Message.DIAL else status) == vector["name"]
+        case "dcutr":
+            found = await delimited.receive_untrusted(read, HolePunch)
+            assert HolePunch.Type.Name(found.type) == vector["name"]
+            addrs = list(found.ObsAddrs)
+    assert [str(Multiaddr(addr)) for addr in addrs] == vector.get("addrs", [])
+    assert read.rest == b"next"
 
 
 @pytest.mark.parametrize("binary", VECTORS["bad_peer_ids"], ids=lambda binary: f"{len(binary) // 2}-bytes")

@@ -215,6 +215,46 @@ async def test_a_relay_that_refuses_is_given_up() -> None:
         nursery.cancel_scope.cancel()
 
 
+def test_addresses_change_when_a_relay_is_lost_and_when_it_is_back(
+    tmp_path: Path, start_seed: StartSeed
+) -> None:
+    """`Moved`: the seed says so, and announces what it holds again."""
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(tiny_model(2).build())
+    relay = start_seed(tmp_path / "relay", "--relay", "--no-mdns")
+    other = start_seed(tmp_path / "other", "--no-mdns")
+    addr = relay.addr
+    hidden = start_seed(
+        tmp_path / "hidden", "--no-mdns", "--bootstrap", other.addr, "--relay-via", addr
+    )  # fmt: skip
+    direct = hidden.addr
+    assert hidden.event("moved")["addrs"] == [direct, f"{addr}{CIRCUIT}/p2p/{hidden.peer_id}"]
+    assert relay.stop() == 0
+    assert hidden.event("moved")["addrs"] == [direct]
+    listen = addr.partition("/p2p/")[0]
+    start_seed(tmp_path / "relay", "--relay", "--no-mdns", listen=listen)
+    assert len(hidden.event("moved", timeout=40)["addrs"]) == 2
+
+
+@pytest.mark.trio
+async def test_what_changes_is_told_once_and_announced_again() -> None:
+    """The callback behind `Moved`."""
+    told: list[list[str]] = []
+    async with node(LOCAL) as (middle, _), node() as (hidden, circuits), trio.open_nursery() as nursery:
+        circuits.on_change = lambda: told.append(list(hidden.circuits))
+        nursery.start_soon(Relay(middle, RelayLimits()).run)
+        await until(lambda: HOP in middle.served)
+        nursery.start_soon(circuits.keep_reserved, middle.addrs()[0])
+        await until(lambda: bool(told))
+        through = middle.addrs()[0] + CIRCUIT
+        circuits._set(middle.peer_id, through)
+        assert told == [[through]]
+        circuits.release(middle.peer_id)
+        circuits.release(middle.peer_id)
+        assert told == [[through], []]
+        nursery.cancel_scope.cancel()
+
+
 def test_a_model_is_pinned_through_a_relay(
     tmp_path: Path, start_seed: StartSeed, omni: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 import trio
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.host.autonat.autonat import AutoNATService
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
@@ -58,6 +59,27 @@ async def test_a_dial_waits_a_quarter_of_a_second() -> None:
         before = trio.current_time()
         await one.connect(info(other))
         assert trio.current_time() - before >= 0.25
+
+
+@pytest.mark.trio
+async def test_the_relay_is_cut_out_of_an_address_through_one() -> None:
+    """See `libp2p._new_host`, which puts addresses together itself."""
+    async with stock_host() as relay, stock_host() as reached:
+        through = Multiaddr(f"{relay.get_transport_addrs()[0]}/p2p/{relay.get_id()}/p2p-circuit")
+        reached._addrs_factory = lambda addrs: [through]
+        (addr,) = reached.get_addrs()
+        assert str(relay.get_id()) not in str(addr)
+        assert "p2p-circuit" not in str(addr)
+
+
+@pytest.mark.trio
+async def test_a_closed_port_is_called_open_by_whoever_is_connected() -> None:
+    """See `autonat`."""
+    async with stock_host() as server, stock_host() as asker:
+        service = AutoNATService(server)
+        await asker.connect(info(server))
+        closed = Multiaddr("/ip4/127.0.0.1/tcp/1").to_bytes()
+        assert await service._try_dial(asker.get_id(), [closed]) == closed
 
 
 @pytest.mark.trio
