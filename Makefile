@@ -7,7 +7,7 @@ PEERS  ?= .peers
 # Peers that were installed elsewhere are taken as they are.
 PEERS_STAMP := $(if $(filter .peers,$(PEERS)),.peers/.installed,$(PEERS))
 
-.PHONY: demo test test-slow soak interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-wan bench-swarm bench-engine demo-model demo-manifest clean
+.PHONY: demo test test-slow soak interop-js fuzz lint format bench bench-cut bench-net bench-transfer bench-relay bench-wan bench-swarm bench-engine demo-model demo-manifest clean
 
 # The main job end to end on the model in manifests/demo: add, seed, pin through the DHT, run over two machines' worth of processes.
 demo: $(STAMP)
@@ -21,7 +21,7 @@ test: lint
 interop-js: $(STAMP)
 	cd tests/interop && npm install --silent --no-audit --no-fund --no-package-lock --no-save --ignore-scripts . \
 		node-$$(uname -s | tr A-Z a-z)-$$(uname -m | sed 's/x86_64/x64/;s/aarch64/arm64/')@22
-	$(BIN)/pytest -q tests/system/test_helia.py tests/system/test_js_libp2p.py
+	$(BIN)/pytest -q tests/system/test_helia.py tests/system/test_js_libp2p.py tests/system/test_js_relay.py
 
 # Crash loops and soaks that take minutes.
 test-slow: $(STAMP)
@@ -56,6 +56,10 @@ bench-net: $(STAMP)
 
 bench-transfer: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_transfer
+
+# Through a relay, as ratios to a direct connection.
+bench-relay: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_relay
 
 # 200 Mbit/s, 50 ms there and back, 1 % loss, between two network namespaces made here: needs root and TUN devices.
 bench-wan: $(STAMP)

@@ -235,7 +235,13 @@ async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> l
             *findings,
             Finding("nat", "unknown", "nobody is there to see this machine"),
         ]
-    return [*findings, await _look_up(node), await _nat(node, config)]
+    nat = await _nat(node, config)
+    return [
+        *findings,
+        await _look_up(node),
+        nat,
+        *([await _punching(node)] if nat.state == "warning" else []),
+    ]
 
 
 async def _look_up(node: Node) -> Finding:
@@ -267,6 +273,29 @@ async def _nat(node: Node, config: Config) -> Finding:
     if state != "unknown":
         return Finding("nat", "warning" if state == "private" else "ok", text, remedy)
     return await _seen(node, text)
+
+
+async def _punching(node: Node) -> Finding:
+    """Whether what comes through a relay can become direct, given the router there is."""
+    from omnistore.net.outside import one_port_for_all
+
+    can = await one_port_for_all(node.network)
+    if can is None:
+        return Finding(
+            "hole punching", "unknown",
+            "it takes two public peers to see whether the router shows one port of this machine to all",
+        )  # fmt: skip
+    if can:
+        return Finding(
+            "hole punching", "ok",
+            "the router shows one port of this machine to all: connections through relays can become direct",
+        )  # fmt: skip
+    return Finding(
+        "hole punching", "warning",
+        "the router shows every connection under another port: no hole can be punched, and what comes"
+        " through a relay stays there",
+        "Forward a TCP port to this machine, or switch the router's NAT to keep ports, where it can.",
+    )  # fmt: skip
 
 
 async def _seen(node: Node, text: str) -> Finding:

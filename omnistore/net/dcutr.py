@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -46,6 +46,7 @@ from omnistore.net.interface import Provider, Stream
 from omnistore.net.kad_protocol import protocols
 from omnistore.net.libp2p import Libp2pNetwork, Libp2pStream
 from omnistore.net.observed import observed_host
+from omnistore.net.outside import outside_address
 from omnistore.net.reachability import scope
 from omnistore.net.sockets import FreePort, Source
 
@@ -64,6 +65,8 @@ MESSAGE_SECONDS: Final = 15.0
 """For the other end to say something."""
 SEEN_SECONDS: Final = 60.0
 """Seconds that a relay's word where it sees us is good for."""
+LOOK_AHEAD: Final = 60.0
+"""Seconds that a port is kept ready for the other end to begin."""
 GRACE: Final = 60.0
 """Seconds that the relayed connection stays beside a direct one, should that break."""
 GRACE_AGAIN: Final = 10.0
@@ -91,9 +94,12 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
     outcomes: Counter[str] = field(default_factory=lambda: Counter(reversal=0, punch=0, failed=0))
     """Attempts that this node began, by how they ended."""
     punched: set[str] = field(default_factory=set)
-    """Peers with which a hole was punched: what they reach, others do not."""
+    """Peers that our router may let in, since we sent to them from the port that we listen at: what they
+    reach, others may not."""
     _seen: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Where a relay sees us, and when it said so."""
+    _ready: dict[str, Ours] = field(default_factory=dict)
+    """For peers that we reached through relays: what to say when they begin."""
     _throttle: Throttle = field(default_factory=Throttle)
     _slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(AT_ONCE))
     _nursery: trio.Nursery | None = None
@@ -123,8 +129,14 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
             self._nursery.start_soon(self._improve, conn)
 
     async def _look_ahead(self, conn: Any) -> None:
-        with suppress(NetworkError, ProtocolError):
-            await self._seen_at(conn)
+        peer = str(conn.muxed_conn.peer_id)
+        with suppress(NetworkError, ProtocolError, OSError), trio.move_on_after(LOOK_AHEAD):
+            async with self._ours(conn) as ours:
+                self._ready[peer] = ours
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._ready.pop(peer, None)
 
     async def _improve(self, conn: Any) -> None:
         """Have a direct connection beside a relayed one that reached us."""
@@ -165,7 +177,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         """Dial at the same moment as the other end."""
         if PROTOCOL not in protocols(self.network.host, conn.muxed_conn.peer_id):
             return None
-        with self._ours(await self._seen_at(conn)) as ours:
+        async with self._ours(conn) as ours:
             stream = await self.network.open_stream(Provider(peer), PROTOCOL)
             try:
                 punch = Punch(begins=True, seen_at=scope(ours.host))
@@ -199,7 +211,12 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         assert isinstance(stream, Libp2pStream)
         if not stream.relayed or self._direct(stream.peer):
             return
-        with self._ours(await self._seen_at(stream.raw.muxed_conn)) as ours:
+        conn = stream.raw.muxed_conn
+        with trio.move_on_after(IDENTIFY_SECONDS if conn.is_initiator else 0):
+            while stream.peer not in self._ready:  # noqa: ASYNC110  # a task of ours is at it
+                await trio.sleep(0.02)
+        ready = self._ready.get(stream.peer)
+        async with self._ours(conn) if ready is None else nullcontext(ready) as ours:
             punch = Punch(begins=False, seen_at=scope(ours.host))
             while not self._direct(stream.peer):
                 dial = await self._say(stream, await self._hear_untrusted(stream, punch), ours)
@@ -291,8 +308,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
 
     async def _seen_at(self, conn: Any) -> str:
         """The IP address at which the relay of a connection sees us. Raises `PeerUnreachable`."""
-        where = str(conn.get_transport_addresses()[0]).partition(CIRCUIT)[0]
-        relay, now = where.rpartition("/p2p/")[2], trio.current_time()
+        relay, now = _relay_of(conn), trio.current_time()
         known = self._seen.get(relay)
         if known is None or known[1] < now - SEEN_SECONDS:
             host = await observed_host(self.network, relay)
@@ -301,18 +317,26 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
             known = self._seen[relay] = (host, now)
         return known[0]
 
-    @contextmanager
-    def _ours(self, host: str) -> Iterator[Ours]:
-        """Addresses and ports for one attempt, seen at `host`: those we listen at, else one of our own."""
+    @asynccontextmanager
+    async def _ours(self, conn: Any) -> AsyncIterator[Ours]:
+        """Addresses and ports for one attempt: those we listen at, else one of our own.
+
+        Raises `PeerUnreachable`, `RemoteProtocolError` or `OSError`.
+        """
+        host, relay = await self._seen_at(conn), _relay_of(conn)
         kind = "ip6" if ":" in host else "ip4"
         listening = [parse_untrusted(str(addr)) for addr in self.network.host.get_transport_addrs()]
         sources = {address.kind: Source(address.host, address.port) for address in listening}
         named = [addr.partition("/p2p/")[0] for addr in self.network.addrs() if CIRCUIT not in addr]
         if kind in sources:
-            yield Ours(host, _addresses(host, sources[kind].port, named), sources)
+            # Its router now lets it in where it would let in nobody else, perhaps.
+            self.punched.add(relay)
+            outside = await outside_address(self.network, relay, sources[kind])
+            yield Ours(host, _addresses(host, sources[kind].port, outside, named), sources)
             return
         with FreePort(kind) as free:
-            yield Ours(host, _addresses(host, free.source.port, ()), {kind: free.source})
+            outside = await outside_address(self.network, relay, free.source)
+            yield Ours(host, _addresses(host, free.source.port, outside, ()), {kind: free.source})
 
     async def disconnected(self, network: Any, conn: Any) -> None:
         """Of no interest here."""
@@ -330,10 +354,20 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         """Of no interest here."""
 
 
-def _addresses(host: str, port: int, named: Sequence[str]) -> tuple[str, ...]:
-    """Where we should be reached: as we are seen, routers mostly keeping the port; then as we say."""
-    seen = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
-    return targets_untrusted((seen, *(addr for addr in named if _is_plain(addr))), scope(host))
+def _relay_of(conn: Any) -> str:
+    """The relay that a connection goes through."""
+    where = str(conn.get_transport_addresses()[0]).partition(CIRCUIT)[0]
+    return where.rpartition("/p2p/")[2]
+
+
+def _addresses(host: str, port: int, outside: str | None, named: Sequence[str]) -> tuple[str, ...]:
+    """Where we should be reached: as that port is seen, with the same port, and as we say ourselves.
+
+    `outside`: where the relay sees that port; it may not have said, or may not be the last router.
+    """
+    same = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
+    every = (*([outside] if outside else []), same, *(addr for addr in named if _is_plain(addr)))
+    return targets_untrusted(every, scope(host))
 
 
 def _is_plain(addr: str) -> bool:

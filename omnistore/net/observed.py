@@ -13,7 +13,7 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 from omnistore.dht.records import peer_id_bytes_untrusted, peer_untrusted
 from omnistore.errors import RemoteProtocolError
-from omnistore.net.addresses import CIRCUIT, parse_any_untrusted
+from omnistore.net.addresses import CIRCUIT, Address, parse_any_untrusted
 from omnistore.net.interface import Network, Provider, Stream
 
 PROTOCOL: Final = "/ipfs/id/1.0.0"
@@ -26,13 +26,21 @@ async def observed_host(network: Network, peer: str) -> str | None:
 
     Raises `PeerUnreachable` or `RemoteProtocolError`.
     """
-    stream = await network.open_stream(Provider(peer), PROTOCOL)
+    address = await observed_untrusted(await network.open_stream(Provider(peer), PROTOCOL), network.peer_id)
+    return address.host if address is not None else None
+
+
+async def observed_untrusted(stream: Stream, own: str) -> Address | None:
+    """From where the peer of an identify stream sees its connection; None if it does not say.
+
+    `own`: our peer ID. Raises `PeerUnreachable` or `RemoteProtocolError`.
+    """
     try:
         answer = await _receive_untrusted(stream)
     finally:
         await stream.aclose()
-    addrs = peer_untrusted(peer_id_bytes_untrusted(network.peer_id), [answer.observed_addr]).addrs
-    return parse_any_untrusted(addrs[0]).host if addrs and CIRCUIT not in addrs[0] else None
+    addrs = peer_untrusted(peer_id_bytes_untrusted(own), [answer.observed_addr]).addrs
+    return parse_any_untrusted(addrs[0]) if addrs and CIRCUIT not in addrs[0] else None
 
 
 async def _receive_untrusted(stream: Stream) -> Identify:

@@ -6,6 +6,7 @@ import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
 import { autoNAT } from '@libp2p/autonat'
 import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
+import { dcutr } from '@libp2p/dcutr'
 import { identify } from '@libp2p/identify'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
 import { peerIdFromString } from '@libp2p/peer-id'
@@ -20,7 +21,8 @@ import { PROTOCOL, fetchLastPart } from './transfer.mjs'
 
 const listen = process.argv.length > 2 ? process.argv.slice(2) : ['/ip4/127.0.0.1/tcp/0']
 const node = await createLibp2p({
-  addresses: { listen },
+  // A public address is not handed out before somebody has dialled it back, unless it is announced.
+  addresses: { listen, announce: listen.filter((addr) => !addr.startsWith('/ip4/127.') && !addr.includes('p2p-circuit')) },
   transports: [tcp(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
@@ -29,6 +31,7 @@ const node = await createLibp2p({
     identify: identify({ runOnLimitedConnection: true }),
     ping: ping({ runOnLimitedConnection: true }),
     autonat: autoNAT(),
+    dcutr: dcutr(),
     relay: circuitRelayServer(),
     dht: kadDHT({
       protocol: '/omni/kad/1.0.0',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ class JsPeer:
 
 
 @contextmanager
-def js_peer(*listen: str) -> Iterator[JsPeer]:
-    """Run one, at 127.0.0.1 unless told otherwise."""
+def js_peer(*listen: str, inside: Sequence[str] = ()) -> Iterator[JsPeer]:
+    """Run one, at 127.0.0.1 unless told otherwise; `inside`: a command to run it with."""
     with subprocess.Popen(
-        [NODES[0], INTEROP / "peer.mjs", *listen],
+        [*inside, NODES[0], INTEROP / "peer.mjs", *listen],
         env={**os.environ, "NODE_NO_WARNINGS": "1"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip

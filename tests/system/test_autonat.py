@@ -201,22 +201,32 @@ def test_who_is_public_and_who_is_behind_a_router(tmp_path: Path) -> None:
         assert told["no"] >= told["needed"] == 3
         assert "--relay-via" in told["remedy"]
         assert "private" in inside.omni(hidden.home, "status").stdout
-        assert nat(inside, hidden.home, *every) == ("warning", "private")
+        assert nat(inside, hidden.home, *every) == ("warning", "private", "ok")
         assert hidden.stop() == 0
         # With the port forwarded it is, under the router's address, which it learns and hands out.
         router.nft(f'add rule ip nat in iifname "wan0" tcp dport {PORT} dnat to {inside.host}')
-        assert nat(inside, hidden.home, *every) == ("ok", "public")
+        assert nat(inside, hidden.home, *every) == ("ok", "public", None)
         forwarded = inside.seed(tmp_path / "hidden", *every)
         outside = f"/ip4/{router.host}/tcp/{PORT}"
         assert outside in forwarded.event("moved")["addrs"][0]
         assert forwarded.event("reachability")["addrs"] == [outside]
 
 
-def nat(machine: Machine, home: Path, *args: str) -> tuple[str, str]:
-    """What `omni doctor` finds: its state, and the first word."""
+def test_the_doctor_says_where_no_hole_can_be_punched(tmp_path: Path) -> None:
+    with internet() as net:
+        every = net.crowd((1, 2, 3), tmp_path)
+        inside, router = net.home(5)
+        router.nft("flush chain ip nat out")
+        router.nft('add rule ip nat out oifname "wan0" masquerade fully-random')
+        assert nat(inside, tmp_path / "inside", *every) == ("warning", "private", "warning")
+
+
+def nat(machine: Machine, home: Path, *args: str) -> tuple[str, str, str | None]:
+    """What `omni doctor` finds: its state, the first word, and what it says of hole punching."""
     done = machine.omni(home, "doctor", "--json", "--no-mdns", *args)
-    (found,) = [one for one in json.loads(done.stdout) if one["check"] == "nat"]
-    return found["state"], found["text"].split(":")[0]
+    found = {one["check"]: one for one in json.loads(done.stdout)}
+    punching = found.get("hole punching", {}).get("state")
+    return found["nat"]["state"], found["nat"]["text"].split(":")[0], punching
 
 
 def test_two_witnesses_are_not_enough(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from libp2p.peer.id import ID
 from omnistore.keys import PrivateKey
 from omnistore.net.circuit_transport import Circuits
 from omnistore.net.circuits import RelayLimits
-from omnistore.net.dcutr import HolePunching
+from omnistore.net.dcutr import PROTOCOL, HolePunching
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
 from omnistore.net.relay import HOP, Relay
 from omnistore.testing.tiny_gguf import tiny_model
-from tests.system.machines import Internet, Machine, internet
+from tests.system.machines import PORT, Internet, Machine, internet
 
 LOCAL = "/ip4/127.0.0.1/tcp/0"
 
@@ -105,6 +105,28 @@ async def test_a_relayed_connection_gets_a_direct_one_beside_it(
         assert (seeker.peer_id in punching.punched) == (how == "punch")
 
 
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff" * 10, b"\x00", b"\x03\x08\xac\x02", b"\x05hello", b"\xff\x3f" + bytes(100)],
+    ids=["nothing", "endless", "empty", "SYNC first", "junk", "too long"],
+)
+async def test_what_makes_no_sense_ends_that_stream_alone(data: bytes) -> None:
+    async with three() as (_, (hidden, punching), (seeker, _)):
+        # Nobody begins: it is we who speak.
+        punching._throttle.may(seeker.peer_id, trio.current_time())
+        (through,) = hidden.circuits
+        await seeker.connect(f"{through}/p2p/{hidden.peer_id}")
+        bad = await seeker.open_stream(Provider(hidden.peer_id), PROTOCOL)
+        await bad.send_all(data)
+        await bad.aclose()
+        stream = await seeker.open_stream(Provider(hidden.peer_id), "/test/echo")
+        await stream.send_all(b"still here")
+        with trio.fail_after(10):
+            assert await stream.receive_exactly(10) == b"still here"
+        assert kinds(seeker, hidden.peer_id) == [False]
+
+
 def pinned_through_routers(
     net: Internet, tmp_path: Path, inside: Machine, elsewhere: Machine, *options: str
 ) -> tuple[int, int, dict[str, Any]]:
@@ -155,6 +177,20 @@ def test_two_homes_behind_routers_talk_directly(tmp_path: Path) -> None:
 def test_two_machines_that_drop_what_they_did_not_ask_for_talk_directly(tmp_path: Path) -> None:
     with internet() as net:
         inside, elsewhere = net.machine(5, firewall=True), net.machine(6, firewall=True)
+        carried, size, found = pinned_through_routers(net, tmp_path, inside, elsewhere)
+        assert found["how"] == "punch"
+        assert carried < size / 2, (carried, size)
+
+
+@pytest.mark.slow
+def test_routers_that_show_another_port_to_all_the_same(tmp_path: Path) -> None:
+    """The port that a seed listens at is not the one outside; the relay tells which it is."""
+    with internet() as net:
+        inside, router = net.home(5)
+        elsewhere, _ = net.home(6)
+        router.nft("flush chain ip nat out")
+        router.nft(f"add rule ip nat out tcp sport {PORT} snat to {router.host}:30000")
+        router.nft('add rule ip nat out oifname "wan0" masquerade')
         carried, size, found = pinned_through_routers(net, tmp_path, inside, elsewhere)
         assert found["how"] == "punch"
         assert carried < size / 2, (carried, size)
