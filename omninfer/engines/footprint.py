@@ -19,7 +19,7 @@ from omnistore.chunker.ggml import by_name, nbytes
 SLACK: Final = 1.1
 """Bytes of memory per byte of weights: what an allocator and a slab being repacked take beside them."""
 ORT_RATIO: Final = 2.0
-"""Of packed bytes, where no more is known of a model: what ort makes of F16, the most of a type in common use."""
+"""Of packed bytes, where no more is known of a model: what ort makes of F16, the most of what is common."""
 _MLX_GROUP: Final = 32
 _PLAIN_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
 
