@@ -179,6 +179,9 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
     Raises `BadConfig` for addresses, `StoreError` for the home, and, for a client, `PeerUnreachable`
     when nobody answers that it could join through.
     """
+    from omnistore.net.slim import import_libp2p
+
+    import_libp2p()
     from omnistore.net.kademlia import open_kademlia
     from omnistore.net.libp2p import NetworkOptions, open_network
 

@@ -7,7 +7,9 @@ SQL is written in `omnistore/store` only: tables here, queries in `index`, garba
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -113,7 +115,8 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
 def _migrate(connection: sqlite3.Connection) -> None:
     """What an index lacks, in one transaction: one wait for the disk, all or nothing."""
     # sqlite_utils takes 0.1 s to import and an index that is up to date does not need it.
-    from sqlite_utils import Database, Migrations
+    with _without("numpy"):
+        from sqlite_utils import Database, Migrations
 
     migrations = Migrations("omni")
     for name, statements in _MIGRATIONS.items():
@@ -122,6 +125,22 @@ def _migrate(connection: sqlite3.Connection) -> None:
     with database.atomic():
         migrations.apply(database)
         connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Hide a module from what is imported here, which would take it where it is installed.
+
+    sqlite_utils converts numpy's numbers; we have none, and numpy takes as long to import as all the rest.
+    """
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None  # type: ignore[assignment]  # what the import system knows as absent
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]
 
 
 def _execute(statements: Sequence[str], database: Any) -> None:

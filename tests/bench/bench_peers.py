@@ -181,6 +181,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least one is needed")
+    transfer.compile_as_installed()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         (root / "files").mkdir()
