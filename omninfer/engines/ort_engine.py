@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,34 +37,18 @@ from omninfer.engines.interface import (
     Tokens,
     WhichLogits,
 )
-from omninfer.engines.numpy_math import rope_angles
+from omninfer.engines.numpy_math import rope_angles, route
 from omninfer.engines.ort_graph import Graph, head_part, layer_part, padded_head, rope_names, rope_tables
 from omninfer.engines.ort_packed import PackedFolder
 from omninfer.engines.packing import F32, Bytes, decode
 from omninfer.engines.slots import SlottedStage
 from omnistore.errors import StoreFull
 
-FEATURES: Final = (
-    Feature.QKV_BIAS
-    | Feature.OUTPUT_BIAS
-    | Feature.QK_NORM
-    | Feature.FFN_BIAS
-    | Feature.ROPE_FREQS
-    | Feature.NORM_AFTER_ATTENTION
-    | Feature.POST_NORMS
-    | Feature.GELU
-    | Feature.WINDOW
-    | Feature.ATTENTION_CAP
-    | Feature.FUSED_QKV
-    | Feature.FUSED_GATE_UP
-    | Feature.LONG_ROPE
-    | Feature.SINKS
-    | Feature.CLAMPED_SWIGLU
-)
+FEATURES: Final = ~Feature.NONE
 """What this engine knows of transformer blocks."""
 LOADERS: Final = 2
 """Runs of layers that load at a time: ONNX Runtime packs with one thread."""
-RUNS: Final = 6
+RUNS: Final = 4
 """Graphs that the layers are cut into. What a graph has mapped can be let go of only when all of it was
 loaded; each costs 50 microseconds a token."""
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
@@ -91,6 +75,8 @@ class Segment:
     first: int
     last: int
     session: Any
+    experts: list[Any]
+    """Sessions of the experts of `first`, the only layer then."""
     held: dict[str, Value]
     """What the session reads without owning it."""
 
@@ -168,10 +154,27 @@ class OrtStage(SlottedStage[SlotCache]):
             binding.bind_ortvalue_input("x", x)
             binding.bind_ortvalue_input("last", last)
             binding.bind_ortvalue_input("total", whole)
-            binding.bind_output("y", "cpu")
+            outputs = ("y", "normed", "routed") if segment.experts else ("y",)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
             segment.session.run_with_iobinding(binding)
-            x = binding.get_outputs()[-1]
-        out: F32 = x.numpy()[0]
+            x, *routing = binding.get_outputs()[-len(outputs) :]
+            if segment.experts:
+                h = self._through_experts(segment, *(one.numpy()[0] for one in (x, *routing)))
+                x = _value(h[None])
+        # An array over memory that `x` owns, or only shows where it was made of one.
+        out: F32 = h if self.segments[-1].experts else x.numpy()[0]
+        return out
+
+    def _through_experts(self, segment: Segment, h: F32, normed: F32, routed: F32) -> F32:
+        """h with what the experts that the router picked say of each token."""
+        assert self.spec.model.experts is not None
+        chosen, weights = route(routed, self.spec.model.experts)
+        out = h.copy()
+        for expert in np.unique(chosen):
+            tokens, place = np.nonzero(chosen == expert)
+            answer = segment.experts[expert].run(["y"], {"x": normed[tokens][None]})[0][0]
+            out[tokens] += answer * weights[tokens, place, None]
         return out
 
     def _head(self, h: F32) -> F32:
@@ -260,7 +263,8 @@ class _Loading:
         self._total = sum(t.nbytes for t in tensors.values())
         self._done = 0
         self._lock = Lock()
-        self._vectors = {name: t.decoded(source) for name, t in tensors.items() if t.is_vector}
+        small = [name for name, t in tensors.items() if t.is_vector or name.endswith("_exps.bias")]
+        self._vectors = {name: tensors[name].decoded(source) for name in small}
         self._tables: dict[str, F32] = {}
         model = limits.spec.model
         for windowed in sorted({model.windowed[n] for n in range(limits.spec.first, limits.spec.last)}):
@@ -273,7 +277,7 @@ class _Loading:
     def stage(self) -> OrtStage:
         spec = self._limits.spec
         cores()
-        self._loaded([name for name, tensor in self._tensors.items() if tensor.is_vector])
+        self._loaded(self._vectors.keys())
         embedding = self._embedding() if spec.embed else None
         with closing(self._folder), ThreadPoolExecutor(LOADERS, thread_name_prefix="ort-load") as pool:
             # The head first: its matrices are the largest, and in memory twice for a moment.
@@ -284,9 +288,10 @@ class _Loading:
         return OrtStage(self._limits, segments, head, embedding, self._total)
 
     def _runs(self) -> list[tuple[int, int]]:
-        """The layers in `RUNS` runs, as even as they can be, none empty."""
+        """The layers in `RUNS` runs, as even as they can be, none empty; each alone where it has experts."""
         first, count = self._limits.spec.first, self._limits.spec.last - self._limits.spec.first
-        edges = [first + count * i // RUNS for i in range(RUNS + 1)]
+        runs = RUNS if self._limits.spec.model.experts is None else max(1, count)
+        edges = [first + count * i // runs for i in range(runs + 1)]
         return [(a, b) for a, b in pairwise(edges) if a < b]
 
     def _embedding(self) -> tuple[str, Bytes]:
@@ -305,19 +310,26 @@ class _Loading:
         for n in range(first, last):
             part = layer_part(model, self._tensors, n)
             parts[n] = part, self._folder.ready(part, run)
-            self._loaded([tensor.name for matrix in part.matrices.values() for tensor in matrix.tensors])
+            self._loaded({tensor.name for matrix in part.matrices.values() for tensor in matrix.tensors})
         pairs = next(iter(self._tables.values())).shape[1]
         graph = Graph(model, self._limits.context, self._vectors, pairs).layers(parts)
-        return Segment(first, last, self._session(graph, run, held), held)
+        session = self._session(graph, run, held)
+        experts = []
+        for e in range(model.experts.count if model.experts is not None else 0):
+            graph = Graph(model, 0, self._vectors).expert(first, e, *parts[first])
+            experts.append(self._session(graph, run, {}))
+        self._folder.let_go(run)
+        return Segment(first, last, session, experts, held)
 
     def _head(self) -> Segment:
         spec = self._limits.spec
         part = head_part(spec.model, self._tensors)
         file = self._folder.ready(part, "head")
         session = self._session(Graph(spec.model, 0, self._vectors).head(part, file), "head", {})
+        self._folder.let_go("head")
         if not (spec.embed and spec.model.tied_head):
             self._loaded([spec.model.head_tensor])
-        return Segment(spec.last, spec.last, session, {})
+        return Segment(spec.last, spec.last, session, [], {})
 
     def _session(self, model: bytes, run: str, held: dict[str, Value]) -> Any:
         options = ort.SessionOptions()
@@ -331,11 +343,9 @@ class _Loading:
         options.add_session_config_entry(_FOLDER, str(self._folder.path / run))
         if held:
             options.add_external_initializers(list(held), list(held.values()))
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._folder.let_go(run)
-        return session
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def _loaded(self, names: Sequence[str]) -> None:
+    def _loaded(self, names: Collection[str]) -> None:
         with self._lock:
             self._done += sum(self._tensors[name].nbytes for name in names)
             if self._progress is not None and names:

@@ -68,18 +68,35 @@ def rope_tables(rope: Rope, angles: F32) -> tuple[F32, F32]:
 def layer_part(model: ModelSpec, tensors: Mapping[str, PackedTensor], n: int) -> PackedPart:
     """The matrices of layer n, by the products that they belong to."""
     at, features = f"blk.{n}.", model.features
-    products = {
+    names = {
         "qkv": ["attn_qkv"] if Feature.FUSED_QKV in features else ["attn_q", "attn_k", "attn_v"],
         "out": ["attn_output"],
-        "gate_up": ["ffn_up"] if Feature.FUSED_GATE_UP in features else ["ffn_gate", "ffn_up"],
-        "down": ["ffn_down"],
     }
+    if model.experts is None:
+        names["gate_up"] = ["ffn_up"] if Feature.FUSED_GATE_UP in features else ["ffn_gate", "ffn_up"]
+        names["down"] = ["ffn_down"]
+    else:
+        names["router"] = ["ffn_gate_inp"]
+    if Feature.SHARED_EXPERT in features:
+        names |= {"shared.gate_up": ["ffn_gate_shexp", "ffn_up_shexp"], "shared.down": ["ffn_down_shexp"]}
+    products = {name: [tensors[f"{at}{one}.weight"] for one in own] for name, own in names.items()}
+    if model.experts is not None:
+        for e in range(model.experts.count):
+            gate, up, down = (
+                _of_expert(tensors[f"{at}ffn_{name}_exps.weight"], e, model.experts.count)
+                for name in ("gate", "up", "down")
+            )
+            products |= {f"expert.{e}.gate_up": [gate, up], f"expert.{e}.down": [down]}
     matrices = {
-        f"{product}.{i}": matrix
-        for product, names in products.items()
-        for i, matrix in enumerate(stacked([tensors[f"{at}{name}.weight"] for name in names]))
+        f"{product}.{i}": matrix for product, own in products.items() for i, matrix in enumerate(stacked(own))
     }
     return PackedPart(f"layer-{n}", matrices)
+
+
+def _of_expert(tensor: PackedTensor, expert: int, count: int) -> PackedTensor:
+    """One expert's matrix, of a tensor that has all of them one after the other."""
+    rows = tensor.rows // count
+    return tensor.part(slice(expert * rows, (expert + 1) * rows))
 
 
 def head_part(model: ModelSpec, tensors: Mapping[str, PackedTensor]) -> PackedPart:
@@ -130,6 +147,42 @@ class Graph:
         self._output("y", [1, "rows", self.model.vocab])
         return self._serialised()
 
+    def expert(self, n: int, e: int, part: PackedPart, file: str) -> bytes:
+        """x → y, both [1, tokens, width], through expert e of layer n."""
+        assert self.model.experts is not None
+        at, own, inner = f"blk.{n}.", f"expert.{e}.", self.model.experts.width
+        self._input("x", TensorProto.FLOAT, [1, "tokens", self.model.width])
+        self._place(at, part, file, own)
+        both = self._product(at, own + "gate_up", "x", part)
+        gates, ups, downs = (self.vectors.get(f"{at}ffn_{name}_exps.bias") for name in ("gate", "up", "down"))
+        if gates is not None and ups is not None:
+            both = self._biased(at + own + "gate_up", both, [gates[e], ups[e]])
+        gate, up = self._split(at + own + "ffn", both, [inner, inner])
+        y = self._product(at, own + "down", self._gated(at + own, gate, up), part)
+        if downs is not None:
+            y = self._biased(at + own + "down", y, [downs[e]])
+        self._op("Identity", [y], "y")
+        self._output("y", [1, "tokens", self.model.width])
+        return self._serialised()
+
+    def _before_experts(self, at: str, x: str, h: str, part: PackedPart) -> str:
+        """Two more outputs, "normed" for the experts and "routed" to pick them; and h, to which the shared
+        expert has added what it says of every token."""
+        assert self.model.experts is not None
+        self._op("Identity", [x], "normed")
+        self._output("normed", [1, "tokens", self.model.width])
+        self._op("Identity", [self._linear(at, "router", x, part, ["ffn_gate_inp"])], "routed")
+        self._output("routed", [1, "tokens", self.model.experts.count])
+        if Feature.SHARED_EXPERT not in self.model.features:
+            return h
+        both, width = self._product(at, "shared.gate_up", x, part), self.model.experts.shared_width
+        gate, up = self._split(at + "shared", both, [width, width])
+        down = self._product(at, "shared.down", self._gated(at + "shared.", gate, up), part)
+        gates = self.vectors[at + "ffn_gate_inp_shexp.weight"][:, None]
+        opened = self._op("MatMul", [x, self._constant(at + "shared.gates", gates)], at + "shared.gate")
+        opened = self._op("Sigmoid", [opened], at + "shared.opened")
+        return self._op("Add", [h, self._op("Mul", [down, opened], at + "shared.y")], at + "y")
+
     def _layer(self, n: int, part: PackedPart, h: str) -> str:
         at, post = f"blk.{n}.", Feature.POST_NORMS in self.model.features
         x = self._norm(at + "normed", h, at + "attn_norm.weight")
@@ -138,6 +191,8 @@ class Graph:
         if post:
             out = self._norm(at + "out.post", out, at + POST_ATTENTION_NORM)
         x, h = self._residual_norm(at, out, h)
+        if self.model.experts is not None:
+            return self._before_experts(at, x, h, part)
         down = self._feed_forward(at, x, part)
         if post:
             down = self._norm(at + "down.post", down, at + POST_FFN_NORM)
@@ -243,8 +298,10 @@ class Graph:
             np.zeros(self.model.tensor_shape(f"{at}{name}.weight")[1], np.float32) if bias is None else bias
             for name, bias in zip(names, biases, strict=True)
         ]
-        bias = self._constant(f"{at}{product}.bias", np.concatenate(whole))
-        return self._op("Add", [y, bias], f"{at}{product}.biased")
+        return self._biased(at + product, y, whole)
+
+    def _biased(self, to: str, y: str, biases: Sequence[F32]) -> str:
+        return self._op("Add", [y, self._constant(to + ".bias", np.concatenate(biases))], to + ".biased")
 
     def _product(self, at: str, product: str, x: str, part: PackedPart) -> str:
         """Products with several matrices are put beside one another."""
@@ -322,10 +379,12 @@ class Graph:
             self._initializers.append(numpy_helper.from_array(values, name))
         return name
 
-    def _place(self, at: str, part: PackedPart, file: str) -> None:
-        """Declare the operands of a part, which lie in its file."""
+    def _place(self, at: str, part: PackedPart, file: str, own: str = "") -> None:
+        """Declare the operands of a part, which lie in its file: those of an expert (`own`), or of none."""
         for name, place in part.places.items():
-            self._external(at + name, place.operand.dtype, place.operand.shape, file, place.offset)
+            if name.startswith(own) if own else not name.startswith("expert."):
+                operand = place.operand
+                self._external(at + name, operand.dtype, operand.shape, file, place.offset)
 
     def _external(self, name: str, dtype: str, shape: Sequence[int], location: str, offset: int) -> None:
         proto = TensorProto(name=name, data_type=_TYPES[dtype], dims=shape)

@@ -238,7 +238,7 @@ class EngineContract:
         stage = load(engine, model)
         whole = run([stage], prompt(12))
         rows = [run([stage], prompt(1, i), position=i, slot=1) for i in range(12)]
-        self.same(np.concatenate(rows), whole)
+        self.same(np.concatenate(rows), whole, kind)
 
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("kind", ["F32", "Q4_K"])

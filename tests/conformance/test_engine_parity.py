@@ -174,6 +174,9 @@ ORT_VARIANTS = VARIANTS | {
     "gemma2": partial(noise_model, "gemma2"),
     "gemma3": partial(noise_model, "gemma3", block_count=7),
     "phi3": partial(noise_model, "phi3"),
+    "qwen2moe": partial(noise_model, "qwen2moe"),
+    "qwen3moe": partial(noise_model, "qwen3moe"),
+    "gpt-oss": partial(noise_model, "gpt-oss"),
     "heads that are padded": partial(
         noise_model, attention__key_length=24, attention__value_length=24, rope__dimension_count=24
     ),

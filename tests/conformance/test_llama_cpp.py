@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omninfer.arch import Feature
 from omninfer.engines import FileTensorSource, StageSpec, get_engine
 from omninfer.testing.parity import CASES, agrees, cosine, perplexity, tokens, write_model
 from tests.parity.logits import ours, text_ids, trained
@@ -24,8 +23,6 @@ def test_logits(name: str, model: str, kind: str, tmp_path: Path, monkeypatch: p
     path = tmp_path / "model.gguf"
     write_model(path, model, kind)
     source = FileTensorSource(path)
-    if name == "ort" and Feature.EXPERTS in source.model().features:
-        pytest.skip("the ort engine refuses it: test_auto_takes_numpy_for_what_ort_lacks")
     stage = get_engine(name.partition("-")[0]).load(
         StageSpec.whole(source.model()), source, context=len(tokens())
     )

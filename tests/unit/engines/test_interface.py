@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omninfer.arch import EMBEDDING, HEAD, HEAD_NORM, ROPE_FREQS
+from omninfer.arch import EMBEDDING, HEAD, HEAD_NORM, ROPE_FREQS, Feature
 from omninfer.checks import check_engines
 from omninfer.engines import (
     FileTensorSource,
@@ -132,11 +132,14 @@ def test_auto_takes_mlx_where_a_gpu_answers(
     assert pick_engine("auto").name == expected
 
 
-def test_auto_takes_numpy_for_what_ort_lacks() -> None:
-    model, source = noise_model("qwen3moe")
+def test_auto_takes_numpy_for_what_ort_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, source = noise_model("gemma2")
+    assert pick_engine("auto", model).name == "ort"
+    monkeypatch.setattr("omninfer.engines.ort_engine.FEATURES", ~Feature.POST_NORMS)
+    monkeypatch.setattr("omninfer.engines.ort_engine.OrtEngine.features", ~Feature.POST_NORMS)
     assert pick_engine("auto", model).name == "numpy"
-    assert pick_engine("auto", noise_model("gemma2")[0]).name == "ort"
-    with pytest.raises(UnsupportedModel, match=r"ort has no .*EXPERTS"):
+    assert pick_engine("auto", noise_model()[0]).name == "ort"
+    with pytest.raises(UnsupportedModel, match=r"ort has no .*POST_NORMS"):
         get_engine("ort").load(StageSpec.whole(model), source, context=8)
 
 
@@ -153,6 +156,7 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
 
 def test_auto_names_what_an_engine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omninfer.engines.mlx_engine.MlxEngine.accelerated", lambda self: False)
+    monkeypatch.setattr("omninfer.engines.ort_engine.OrtEngine.features", ~Feature.EXPERTS)
     engine, reason = choose_engine("auto", noise_model("qwen3moe")[0])
     assert engine.name == "numpy"
     assert reason.startswith("no other engine can be taken; mlx: no GPU answers")
