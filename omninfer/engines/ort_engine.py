@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from omninfer.arch import EMBEDDING, Feature, KVKind
 from omninfer.engines.checks import PackedTensor, StageLimits, check_features, check_kv, check_tensors
@@ -42,7 +43,7 @@ from omninfer.engines.ort_graph import Graph, head_part, layer_part, padded_head
 from omninfer.engines.ort_packed import PackedFolder
 from omninfer.engines.packing import F32, Bytes, decode
 from omninfer.engines.slots import SlottedStage
-from omnistore.errors import StoreFull
+from omnistore.errors import InferenceError, StoreFull
 
 FEATURES: Final = ~Feature.NONE
 """What this engine knows of transformer blocks."""
@@ -52,6 +53,8 @@ RUNS: Final = 4
 """Graphs that the layers are cut into. What a graph has mapped can be let go of only when all of it was
 loaded; each costs 50 microseconds a token."""
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
+_FAILURES: Final = (ort_state.Fail, ort_state.NoSuchFile, ort_state.RuntimeException, MemoryError)
+"""What a session raises that memory, mappings or files run out for; anything else is a mistake of ours."""
 _log = logging.getLogger(__name__)
 Value = Any
 """onnxruntime.OrtValue; the library ships no types."""
@@ -343,7 +346,12 @@ class _Loading:
         options.add_session_config_entry(_FOLDER, str(self._folder.path / run))
         if held:
             options.add_external_initializers(list(held), list(held.values()))
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except _FAILURES as error:
+            raise InferenceError(
+                f"ONNX Runtime can not load {run}: {error}", remedy="try again, or --engine numpy"
+            ) from error
 
     def _loaded(self, names: Collection[str]) -> None:
         with self._lock:

@@ -31,7 +31,10 @@ class TestMlxEngine(EngineContract):
 
 
 class TestOrtEngine(EngineContract):
-    quantised_tolerance = 0.08  # activations are 8 bits wide: 0.055 was seen (MXFP4) on logits of about 1
+    # Activations are 8 bits wide, and one token is multiplied by other kernels than many: where their last
+    # bits differ, a code may fall to the other side. 0.03 to 0.055 was seen for that with half of the types,
+    # on logits of about 1; nothing above 1e-5 where none falls. Operands are exact: test_ort_packed.
+    quantised_tolerance = 0.08
 
     @pytest.fixture
     def engine(self) -> Engine:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from omninfer.engines.ort_graph import layer_part
 from omninfer.engines.ort_weights import Matrix
 from omninfer.engines.packing import decode
 from omninfer.testing.noise import NoiseSource, noise_model
-from omnistore.errors import StoreFull
+from omnistore.errors import InferenceError, StoreFull
 
 TOKENS = np.arange(9, dtype=np.int32)
 
@@ -110,12 +113,53 @@ def test_a_write_that_fails_leaves_nothing_and_the_model_runs(
     assert "nothing is kept" in caplog.text and str(tmp_path) in caplog.text
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.engines.test_ort_packed import answer
+whole, left = os.pwrite, int(sys.argv[2])
+def killed(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+os.pwrite = killed
+answer(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("writes", [1, 9, 20])
+def test_killed_while_it_writes(tmp_path: Path, writes: int) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(writes)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = list(tmp_path.glob(".*.new"))
+    assert left
+    expected = answer(None)
+    for _ in range(2):
+        assert np.array_equal(answer(tmp_path), expected)
+    assert len(list(tmp_path.glob("part-of-*"))) == 4
+
+
 def test_no_room_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: Any, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StoreFull, match="can not be written"):
+        answer(tmp_path)
+
+
+def test_a_file_that_goes_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ort_packed.PackedFolder.ready
+
+    def gone(self: ort_packed.PackedFolder, part: ort_packed.PackedPart, run: str) -> str:
+        name = whole(self, part, run)
+        (self.path / run / name).unlink()
+        return name
+
+    monkeypatch.setattr(ort_packed.PackedFolder, "ready", gone)
+    with pytest.raises(InferenceError, match="can not load"):
         answer(tmp_path)
 
 
