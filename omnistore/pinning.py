@@ -31,8 +31,7 @@ from omnistore.transfer.client import (
 )
 from omnistore.transfer.ranges import check_url
 from omnistore.transfer.rate import TokenBucket
-from omnistore.transfer.session import SessionLimits
-from omnistore.transfer.window import FlowLimits
+from omnistore.transfer.window import FlowLimits, SessionLimits
 
 Document: TypeAlias = dict[str, Any]
 """What JSON can say."""

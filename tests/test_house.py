@@ -43,6 +43,7 @@ RANKS: dict[str, int] = {
     "omnistore.dht.values": 1,
     "omnistore.transfer": 1,
     "omnistore.store.interface": 1,
+    "omnistore.net.agreement": 1,
     "omnistore.net.circuits": 1,
     "omnistore.net.dialback": 1,
     "omnistore.net.frames": 1,

@@ -88,7 +88,10 @@ class Network(Protocol):
         ...
 
     async def open_stream(self, provider: Provider, protocol: str) -> Stream:
-        """Open a stream, dialling the provider's addresses if not connected. Raises `PeerUnreachable`."""
+        """Open a stream, dialling the provider's addresses if not connected. Raises `PeerUnreachable`.
+
+        Of a peer that does not speak `protocol` that may show only when the stream is received from.
+        """
         ...
 
     def serve(self, protocol: str, server: StreamServer) -> None:

@@ -32,7 +32,7 @@ from multiaddr import Multiaddr
 
 from omnistore.errors import BadConfig, OmniError, PeerUnreachable
 from omnistore.keys import PrivateKey
-from omnistore.net import dialing, private, yamux
+from omnistore.net import dialing, negotiation, private
 from omnistore.net.addresses import (
     Address,
     check_listenable,
@@ -200,14 +200,17 @@ class Libp2pNetwork:
         await _close_all(self.host.get_network().get_connections(_peer_untrusted(peer)))
 
     async def open_stream(self, provider: Provider, protocol: str) -> Stream:
-        """Open a stream, dialling the provider's addresses if not connected."""
+        """Open a stream, dialling the provider's addresses if not connected.
+
+        Nobody waits for the peer to agree on the protocol: if it does not, receiving fails.
+        """
         await self._connect(provider)
         peer = _peer_untrusted(provider.peer)
         with (
             _translated(f"{provider.peer} did not open a stream of {protocol}"),
             trio.fail_after(self.options.open_deadline),
         ):
-            raw = await self.host.new_stream(peer, [protocol])
+            raw = await self._stream(peer, protocol)
             return Libp2pStream(raw, provider.peer, self.host.get_network())
 
     async def open_direct(self, address: Address, protocol: str) -> Libp2pStream:
@@ -224,7 +227,19 @@ class Libp2pNetwork:
             ):
                 await swarm._dial_addr_single_attempt(Multiaddr(address.transport), peer)
             # The library's choice among several connections is a direct one.
-            return Libp2pStream(await self.host.new_stream(peer, [protocol]), str(peer), swarm)
+            return Libp2pStream(await self._stream(peer, protocol), str(peer), swarm)
+
+    async def _stream(self, peer: Any, protocol: str) -> Any:
+        """The library's stream, on which the protocol is taken for granted."""
+        raw = await self.host.get_network().new_stream(peer)
+        try:
+            await raw.muxed_stream.ask(protocol)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await abort(raw, CLOSE_PATIENCE)
+            raise
+        raw.set_protocol(protocol)
+        return raw
 
     def serve(self, protocol: str, server: StreamServer) -> None:
         """Answer inbound streams of `protocol` with `server`; its stream is closed when it returns."""
@@ -318,7 +333,7 @@ def _new_host(
     # Its circuit breaker refuses everybody after a few peers failed; our own bounds are in `isolation`.
     swarm.set_resource_manager(None)
     dialer = dialing.install(swarm, options.dial_deadline)
-    yamux.install(swarm.upgrader, options.liveness)
+    negotiation.install(swarm.upgrader, options.liveness)
     if options.psk is not None:
         private.install(swarm.upgrader, options.psk)
     isolate_streams(swarm)

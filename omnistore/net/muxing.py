@@ -51,6 +51,12 @@ class MuxLimits:
     growth_trips: float = 1.5
     """A window grows when half of it was used within so many round trips: up to some four times what
     the path holds. More would only be queued on the way, and what comes after it would wait."""
+    far: float = 0.01
+    """Seconds of a round trip from which a path is a long one, on which packets get lost: what comes
+    behind a lost one waits for a round trip or more until that was sent again."""
+    growth_trips_far: float = 4.0
+    """The same on a long path: while half of a window waits for what was lost, the rest keeps it busy. There
+    the sender's own socket, not the window, bounds what is queued on the way."""
 
 
 LIMITS: Final = MuxLimits()
@@ -453,9 +459,9 @@ class Muxing:
             due -= self._body
         if due * 2 < stream.target:
             return
-        fast = self.round_trip is not None and now - stream.opened_at < self.limits.growth_trips * (
-            self.round_trip
-        )
+        limits, trip = self.limits, self.round_trip
+        trips = limits.growth_trips if trip is None or trip < limits.far else limits.growth_trips_far
+        fast = trip is not None and now - stream.opened_at < trips * trip
         more = min(stream.target, self.limits.window - stream.target, self.limits.growth - self._grown)
         if fast and more > 0:
             # What grows it is a short round trip's absence: look whether there is a shorter one.

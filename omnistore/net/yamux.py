@@ -10,7 +10,7 @@ nothing comes back (`Liveness`).
 What py-libp2p 0.8.1 does instead: two reads and five copies for each record, a sender that polls a
 closed window, frames that spill into a second record, resets and lost connections that read as an
 end, half a record on the wire after a cancelled write. tests/system/test_upstream.py shows it.
-Deliberately not here: the handshake, and agreeing on a muxer; both stay the library's.
+Deliberately not here: the handshake, which stays the library's, and agreeing on a muxer (`negotiation`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import trio
-from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
     MuxedStreamClosed,
@@ -31,8 +30,9 @@ from libp2p.stream_muxer.exceptions import (
 
 from omnistore.errors import RemoteProtocolError
 from omnistore.net import frames
+from omnistore.net.agreement import Answer, agreed
 from omnistore.net.muxing import Muxing, Pending, StreamState
-from omnistore.net.records import LARGE_BUFFER, SMALL_BUFFER, Opener, Sealer
+from omnistore.net.records import LARGE_BUFFER, SMALL_BUFFER, Opener, Sealer, Taker
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,18 @@ class MuxedStream:
         self._connection = connection
         self._state = state
         self._news = trio.lowlevel.ParkingLot()
+        self._answer: Answer | None = None
+        """What is still to come before anything else: to what `ask` took for granted."""
+
+    async def ask(self, protocol: str) -> None:
+        """Say what this stream is for and go on as if the peer agreed; what it says is looked at later."""
+        self._answer = Answer(protocol)
+        await self.write(agreed(protocol))
 
     async def receive_some(self, most: int) -> bytes:
         """Up to `most` bytes, `b""` at the peer's end. Raises `MuxedStreamReset`."""
+        if self._answer is not None:
+            await self._agree(self._answer)
         if not self._state.received:
             await self._wait_for_bytes()
         else:
@@ -147,6 +156,8 @@ class MuxedStream:
 
     async def receive_exactly(self, count: int) -> bytes:
         """`count` bytes, or as many as there were before the peer's end. Raises `MuxedStreamReset`."""
+        if self._answer is not None:
+            await self._agree(self._answer)
         pieces: list[memoryview] = []
         while count:
             if not self._state.received:
@@ -164,6 +175,8 @@ class MuxedStream:
 
         Raises `MuxedStreamReset`. Cancelled, it has taken what arrived.
         """
+        if self._answer is not None:
+            await self._agree(self._answer)
         state = self._state
         count = 0
         for piece in self._connection.take(state, len(room)):
@@ -235,6 +248,21 @@ class MuxedStream:
         """Of the connection."""
         return self._connection.get_remote_address()
 
+    async def _agree(self, answer: Answer) -> None:
+        """Receive the answer. Raises `MuxedStreamReset` if the peer does not agree."""
+        while answer.lacking:
+            await self._wait_for_bytes()
+            pieces = self._connection.take(self._state, answer.lacking)
+            if not pieces:
+                raise MuxedStreamReset("the peer ended the stream before it agreed on a protocol")
+            try:
+                for piece in pieces:
+                    answer.take_untrusted(piece)
+            except RemoteProtocolError as error:
+                await self.reset()
+                raise MuxedStreamReset(f"the peer {error.message}") from None
+        self._answer = None
+
     async def _wait_for_bytes(self) -> None:
         """Until there are some, or the peer's end. Raises `MuxedStreamReset`."""
         state = self._state
@@ -247,11 +275,30 @@ class MuxedStream:
             await self._news.park()
 
 
+class _Answered:
+    """The frames of a connection, behind the answer that is still to come before them."""
+
+    def __init__(self, core: Muxing, answer: Answer) -> None:
+        self._core = core
+        self._answer = answer
+
+    def room(self, size: int) -> memoryview | None:
+        return None if self._answer.lacking else self._core.room(size)
+
+    def filled_untrusted(self, size: int, now: float) -> None:
+        self._core.filled_untrusted(size, now)
+
+    def receive_untrusted(self, plaintext: bytes, now: float) -> None:
+        rest = self._answer.take_untrusted(plaintext)
+        if rest:
+            self._core.receive_untrusted(bytes(rest), now)
+
+
 class Connection:
     """A connection, as the library's swarm uses it (its `IMuxedConn`)."""
 
-    def __init__(self, session: Any, peer_id: Any, liveness: Liveness) -> None:
-        """Take over `session`, whose handshake and negotiation are done."""
+    def __init__(self, session: Any, peer_id: Any, liveness: Liveness, answer: Answer | None = None) -> None:
+        """Take over `session`, whose handshake is done; `answer` is to come before the first frame."""
         state = session.conn.noise_state.noise_protocol
         opening, sealing = state.cipher_state_decrypt, state.cipher_state_encrypt
         self.peer_id = peer_id
@@ -265,6 +312,7 @@ class Connection:
         self._opener = Opener(opening.cipher.cipher, opening.n)
         self._sealer = Sealer(sealing.cipher.cipher, sealing.n)
         self._core = Muxing(session.is_initiator)
+        self._answer = answer
         self._first = session._drain(None)
         """What came in the record that ended the negotiation."""
         self._streams: dict[int, MuxedStream] = {}
@@ -446,8 +494,9 @@ class Connection:
         core, opener, wire = self._core, self._opener, self._wire
         try:
             now = self._received_at = trio.current_time()
+            taker: Taker = core if self._answer is None else _Answered(core, self._answer)
             if self._first:
-                core.receive_untrusted(self._first, now)
+                taker.receive_untrusted(self._first, now)
             self._took_in()
             while core.gone_away is None:
                 with opener.room() as room:
@@ -459,9 +508,11 @@ class Connection:
                     return
                 now = self._received_at = trio.current_time()
                 try:
-                    opener.receive_untrusted(count, core, now)
+                    opener.receive_untrusted(count, taker, now)
                 finally:
                     self._took_in()
+                if self._answer is not None and not self._answer.lacking:
+                    taker, self._answer = core, None
                 if count > SMALL_BUFFER:
                     self._busy_at = self._received_at
                 elif self._received_at - self._busy_at > self._liveness.patience:
@@ -570,22 +621,3 @@ class Connection:
 
     def _is_own(self, state: StreamState) -> bool:
         return state.id % 2 == self.is_initiator
-
-
-class OwnMuxer(muxer_multistream.MuxerMultistream):  # type: ignore[misc]  # libp2p is untyped to us
-    """Negotiates as upstream does, which names its own Yamux class, and answers with ours."""
-
-    def __init__(self, liveness: Liveness, muxers: Any, negotiate_timeout: int) -> None:
-        super().__init__(muxers, negotiate_timeout)
-        self._liveness = liveness
-
-    async def new_conn(self, conn: Any, peer_id: Any) -> Any:
-        """Negotiate Yamux on a secured connection."""
-        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return self._annotate_connection(Connection(conn, peer_id, self._liveness), conn, protocol)
-
-
-def install(upgrader: Any, liveness: Liveness) -> None:
-    """Make every connection of this host one of ours."""
-    old = upgrader.muxer_multistream
-    upgrader.muxer_multistream = OwnMuxer(liveness, old.transports, old.negotiate_timeout)

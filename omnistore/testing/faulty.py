@@ -16,7 +16,7 @@ import trio
 
 from omnistore import dagcbor
 from omnistore.cid import CID, RAW
-from omnistore.errors import PeerUnreachable, StoreError
+from omnistore.errors import MalformedManifest, PeerUnreachable, StoreError
 from omnistore.manifest import part_links_untrusted
 from omnistore.net.interface import Network, Provider, Stream
 from omnistore.store.interface import Store
@@ -102,7 +102,7 @@ class FaultyPeer:
     def _bitmap(self, part: CID) -> bytes | None:
         try:
             links = part_links_untrusted(self.store.read(part))
-        except StoreError:
+        except (StoreError, MalformedManifest):
             return None
         size = -(-len(links) // 8)
         if self.fault == "bad-bitmap":

@@ -25,7 +25,8 @@ from omnistore.transfer.demand import Wanted
 from omnistore.transfer.messages import Cancel, Have, Want
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.serve import FindHeld, ReadBlocks, Serving
-from omnistore.transfer.session import Session, SessionLimits
+from omnistore.transfer.session import Session
+from omnistore.transfer.window import SessionLimits
 
 Behaviour = Literal["honest", "liar", "staller", "trickler", "claims", "mute", "misfit", "dies"]
 """`claims`: says it holds everything and answers `missing` for half. `mute`: never says what it holds.

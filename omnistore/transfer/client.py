@@ -55,8 +55,9 @@ from omnistore.transfer.events import WantsAdded
 from omnistore.transfer.hinting import Hinting, advised
 from omnistore.transfer.hints import Hint
 from omnistore.transfer.rate import TokenBucket
-from omnistore.transfer.session import LIMITS, Session, SessionLimits
+from omnistore.transfer.session import Session
 from omnistore.transfer.swarm import Swarm, Tally
+from omnistore.transfer.window import LIMITS, SessionLimits
 
 if TYPE_CHECKING:
     from omnistore.transfer.web import WebSources
@@ -341,6 +342,8 @@ class _Fetch:
         return manifest_untrusted(block), opened.manifest, opened.publisher
 
     async def _parts(self, manifest: Manifest, refs: Sequence[PartRef]) -> dict[PartKey, Part]:
+        # What peers hold of them is told while the nodes are on their way.
+        self.swarm.name([ref.cid for ref in refs])
         nodes = await self._nodes([ref.cid for ref in refs])
         parts = {ref.key: part_untrusted(nodes[ref.cid], ref) for ref in refs}
         if self.web is not None:

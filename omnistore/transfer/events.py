@@ -26,6 +26,13 @@ class WantsAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class PartsNamed:
+    """Blocks of these parts will be wanted, once it is known which: peers can be asked what they hold."""
+
+    parts: tuple[CID, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PeerJoined:
     """A stream to a peer is open and its hello arrived."""
 
@@ -111,6 +118,7 @@ class Tick:
 
 Event: TypeAlias = (
     WantsAdded
+    | PartsNamed
     | PeerJoined
     | PeerLeft
     | PeerBroke

@@ -23,7 +23,6 @@ back-off are the shell's (`client`). Implements spec/05-transfer, section "The r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from omnistore.cid import CID
@@ -33,32 +32,7 @@ from omnistore.transfer.demand import Demand, Group, Wanted
 from omnistore.transfer.life import TRANSITIONS, BlockState
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.source import Ask, Source, late_asks, replaceable
-from omnistore.transfer.window import FLOW, FlowLimits, PeerFlow
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """The session's patience and generosity."""
-
-    flow: FlowLimits = FLOW
-    patience: float = 60.0
-    """Seconds without one verified block after which a session with peers gives up."""
-    lonely: float = 30.0
-    """Seconds without a peer that holds anything missing after which it gives up."""
-    refresh: float = 1.0
-    """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too.
-    Such a query is answered when there is news."""
-    probe: float = 1.0
-    """Seconds of silence after which a peer is made to show that it lives."""
-    duplicate_share: int = 50
-    """One in so many wanted bytes may arrive twice: 2 %."""
-    duplicate_least: int = 4 << 20
-    """Bytes that may arrive twice in any case, or a small model would have no end-game."""
-    batch_share: int = 8
-    """A peer is asked again when one in so many bytes of its window is free: fewer, larger messages."""
-
-
-LIMITS: Final = SessionLimits()
+from omnistore.transfer.window import LIMITS, PeerFlow, SessionLimits
 
 
 class Session:
@@ -81,6 +55,8 @@ class Session:
         self._rng = rng
         self._cap = cap
         self._demand = Demand(rng)
+        self._named: dict[CID, None] = {}
+        """Parts whose blocks are to be wanted once they are known, in order."""
         self._states: dict[CID, BlockState] = {}
         self._askers: dict[CID, list[Source]] = {}
         """Who owes an answer for a block, given up or not."""
@@ -156,9 +132,15 @@ class Session:
         if event.urgent:
             self._demand.hurry(event.part)
         if group is not None:
-            for source in self._sources.values():
+            self._named.pop(group.part, None) if group.part else None
+            for source in list(self._sources.values()):
                 self._introduce(source, group, now)
         self._weigh()
+
+    def _on_named(self, event: e.PartsNamed, now: float) -> None:
+        self._named.update((part, None) for part in event.parts if self._demand.group(part) is None)
+        for source in self._sources.values():
+            self._query(source, now)
 
     def _on_joined(self, event: e.PeerJoined, now: float) -> None:
         if event.peer in self.banned:
@@ -171,6 +153,8 @@ class Session:
         self._sources[event.peer] = source
         for group in self._demand.groups:
             self._introduce(source, group, now)
+        if self._named:
+            self._query(source, now)
         self._weigh()
 
     def _on_left(self, event: e.PeerLeft, now: float) -> None:
@@ -183,6 +167,8 @@ class Session:
 
     def _on_holds(self, event: e.HoldsReceived, now: float) -> None:
         source, group = self._sources.get(event.peer), self._demand.group(event.part)
+        if source is not None and group is None and event.part in self._named:
+            source.told_early(event.part, event.blocks, now, self.limits.refresh)
         if source is None or group is None:
             return
         mask = group.mask_untrusted(event.blocks)
@@ -375,12 +361,14 @@ class Session:
     def _introduce(self, source: Source, group: Group, now: float) -> None:
         if group.part is None:
             source.holdings.learn(group, group.all)
+        elif group.part in source.early:
+            self._on_holds(e.HoldsReceived(source.id, group.part, source.early.pop(group.part)), now)
         else:
             self._query(source, now)
 
     def _query(self, source: Source, now: float) -> None:
         """Ask what the peer holds of parts not asked about yet, and what else it holds by now."""
-        parts = source.due(self._demand.groups, now, self.limits.refresh)
+        parts = source.due(self._demand.groups, now, self.limits.refresh) + source.named(self._named, now)
         if parts:
             self._out.append(e.AskHave(source.id, parts))
 
@@ -480,6 +468,7 @@ class Session:
 
 _STEPS: Final[Mapping[type, Callable[[Session, Any, float], None]]] = {
     e.WantsAdded: Session._on_wants,
+    e.PartsNamed: Session._on_named,
     e.PeerJoined: Session._on_joined,
     e.PeerLeft: Session._on_left,
     e.PeerBroke: Session._on_broke,

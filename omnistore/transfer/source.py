@@ -6,13 +6,17 @@ Pure; the deciding is `session`'s.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from omnistore.block import BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.transfer.demand import Demand, Group, Holdings, Wanted
 from omnistore.transfer.window import PeerFlow
+
+EARLY_MOST: Final = 256
+"""Parts that a peer is asked about before their blocks are known: 2 MiB of bitmaps at most."""
 
 
 @dataclass(slots=True)
@@ -42,6 +46,8 @@ class Source:
     """Parts asked about and unanswered, and since when."""
     told_at: dict[CID, float] = field(default_factory=dict)
     """When it last said what it holds of a part."""
+    early: dict[CID, bytes] = field(default_factory=dict)
+    """What it said of parts whose blocks are not known yet."""
     answered_at: float = 0.0
     """When it last answered an ask, or was asked while it owed nothing."""
     suspect: bool = False
@@ -74,6 +80,26 @@ class Source:
             self.queries[part] = now
             found.append(part)
         return tuple(found)
+
+    def named(self, parts: Iterable[CID], now: float) -> tuple[CID, ...]:
+        """Of parts whose blocks are not known yet, those to ask about now."""
+        room = min(self.max_queries, EARLY_MOST - len(self.early)) - len(self.queries)
+        if room <= 0:
+            return ()
+        found = [part for part in parts if part not in self.queries and part not in self.told_at][:room]
+        self.queries.update(dict.fromkeys(found, now))
+        return tuple(found)
+
+    def told_early(self, part: CID, bitmap: bytes | None, now: float, refresh: float) -> None:
+        """It said what it holds of a part whose blocks are not known yet."""
+        self.queries.pop(part, None)
+        self.flow.progressed(now)
+        if bitmap is None:
+            # It is fetching the part's node as we are: asked again once we have it.
+            self.told_at[part] = now - refresh
+        else:
+            self.early[part] = bitmap
+            self.told_at[part] = now
 
     def seconds_for(self, size: int, now: float) -> float:
         """How long `size` bytes should take it; no less than its present answer took already."""

@@ -194,6 +194,10 @@ class Swarm:
         if self._nursery is not None:
             self._nursery.start_soon(self._keep, provider)
 
+    def name(self, parts: Sequence[CID]) -> None:
+        """Have peers say what they hold of parts whose blocks are wanted once they are known."""
+        self._dispatch(e.PartsNamed(tuple(parts)))
+
     async def fetch(self, wants: Sequence[e.WantsAdded], sink: Sink) -> None:
         """Have every block of `wants` verified and given to `sink`. Raises `NetworkError` or `StoreError`."""
         self._sink, self._finished = sink, trio.Event()

@@ -23,8 +23,9 @@ class FlowLimits:
     """Bytes in flight of a whole session: 1 GB/s over 60 ms, and what a receiver may have to buffer."""
     least: int = 2 << 20
     """Bytes in flight of one peer, at the start and at least: two blocks keep a link from running dry."""
-    gain: float = 2.0
-    """Window over measured bandwidth-delay product; above 1, or it could never grow."""
+    gain: float = 3.0
+    """Window over measured bandwidth-delay product: above 1, or it could never grow, and above 2, so that the
+    peer has something to send while a lost packet holds up what it has sent."""
     queueing: float = 0.03
     """Seconds of data to keep queued at the peer beyond the path's delay, to cover its disk and scheduler."""
     sample: float = 0.05
@@ -43,6 +44,31 @@ class FlowLimits:
 
 
 FLOW: Final = FlowLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """The session's patience and generosity."""
+
+    flow: FlowLimits = FLOW
+    patience: float = 60.0
+    """Seconds without one verified block after which a session with peers gives up."""
+    lonely: float = 30.0
+    """Seconds without a peer that holds anything missing after which it gives up."""
+    refresh: float = 1.0
+    """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too.
+    Such a query is answered when there is news."""
+    probe: float = 1.0
+    """Seconds of silence after which a peer is made to show that it lives."""
+    duplicate_share: int = 50
+    """One in so many wanted bytes may arrive twice: 2 %."""
+    duplicate_least: int = 4 << 20
+    """Bytes that may arrive twice in any case, or a small model would have no end-game."""
+    batch_share: int = 8
+    """A peer is asked again when one in so many bytes of its window is free: fewer, larger messages."""
+
+
+LIMITS: Final = SessionLimits()
 
 
 class PeerFlow:

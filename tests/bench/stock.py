@@ -2,6 +2,7 @@
 
     python -m tests.bench.stock ARGUMENTS OF OMNI…
 
+For benches only. Upstream's streams are given the three methods that ours have; all else is theirs.
 For benches only. Upstream's streams are given the methods that ours have; all else is theirs.
 """
 
@@ -10,10 +11,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from libp2p.custom_types import TProtocol
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
-from omnistore.net import yamux
+from omnistore.net import negotiation
 
 
 def use_stock_muxer() -> None:
@@ -33,6 +37,9 @@ def use_stock_muxer() -> None:
             count -= len(part)
         return b"".join(parts)
 
+    async def ask(stream: Any, protocol: str) -> None:
+        await MultiselectClient().select_one_of([TProtocol(protocol)], MultiselectCommunicator(stream))
+
     async def receive_into(stream: Any, room: memoryview) -> int:
         data = await receive_some(stream, len(room))
         room[: len(data)] = data
@@ -47,7 +54,8 @@ def use_stock_muxer() -> None:
     YamuxStream.receive_into = receive_into
     YamuxStream.receive_some = receive_some
     YamuxStream.receive_exactly = receive_exactly
-    yamux.install = lambda upgrader, liveness: None
+    YamuxStream.ask = ask
+    negotiation.install = lambda upgrader, liveness: None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from omnistore.testing.simulation import (
     random_scenario,
     with_honest_peer,
 )
-from omnistore.transfer.session import SessionLimits
-from omnistore.transfer.window import FlowLimits
+from omnistore.transfer.window import FlowLimits, SessionLimits
 
 MIB = 1 << 20
 RUNS, BATCH = 1000, 100

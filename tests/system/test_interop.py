@@ -118,6 +118,10 @@ async def test_streams_both_ways() -> None:
         host.set_stream_handler("/test/theirs", their_echo)
         peer = await network.connect(f"{host.get_transport_addrs()[0]}/p2p/{host.get_id()}")
         ours = await network.open_stream(Provider(peer), "/test/theirs")
+        # Who dials goes on before the other side knows that all is agreed.
+        with trio.fail_after(5):
+            while network.host.get_id() not in host.get_connected_peers():  # noqa: ASYNC110  # nobody tells
+                await trio.sleep(0.01)
         theirs = await host.new_stream(network.host.get_id(), ["/test/ours"])
         for size in SIZES:
             data = secrets.token_bytes(size)

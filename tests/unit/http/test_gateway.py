@@ -22,7 +22,7 @@ from omnistore.testing.seeding import seeded
 from omnistore.testing.tiny_gguf import tiny_model
 from omnistore.transfer.client import FetchOptions, FetchReport, Offline, fetch_model
 from omnistore.transfer.pacing import Pacer
-from omnistore.transfer.session import SessionLimits
+from omnistore.transfer.window import SessionLimits
 
 KEY = PrivateKey(bytes(32))
 Model = tuple[Path, MemoryStore, CID]

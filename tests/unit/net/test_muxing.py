@@ -282,6 +282,16 @@ def test_a_window_stays_when_it_is_used_slowly() -> None:
     assert theirs.target == f.INITIAL_WINDOW
 
 
+@pytest.mark.parametrize(("trip", "grows"), [(LIMITS.far / 2, False), (LIMITS.far, True)])
+def test_on_a_long_path_a_window_grows_within_more_round_trips(trip: float, grows: bool) -> None:
+    one, other, mine, theirs = pair()
+    other.ping(0.0)
+    exchange(one, other, trip)
+    # Half of each window takes longer than a short path allows, and less than a long one does.
+    transfer(one, other, mine, theirs, trip * (LIMITS.growth_trips + LIMITS.growth_trips_far) / 2)
+    assert (theirs.target > f.INITIAL_WINDOW) is grows
+
+
 def test_all_windows_together_grow_by_the_budget_at_most() -> None:
     one, other, mine, theirs = pair(replace(LIMITS, growth=1 << 20))
     other.ping(0.0)

@@ -35,8 +35,7 @@ from omnistore.transfer.client import FetchOptions, FetchProgress, FetchReport, 
 from omnistore.transfer.messages import PROTOCOL
 from omnistore.transfer.serve import ServeLimits
 from omnistore.transfer.server import Served, ServeEvent, Unavailable, serve_transfer
-from omnistore.transfer.session import SessionLimits
-from omnistore.transfer.window import FlowLimits
+from omnistore.transfer.window import FlowLimits, SessionLimits
 
 KEY = PrivateKey(bytes(32))
 THREADS_MAY_TAKE = 0.002

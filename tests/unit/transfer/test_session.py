@@ -11,8 +11,9 @@ from omnistore.errors import LocalProtocolError
 from omnistore.transfer import events as e
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.life import TRANSITIONS, BlockState
-from omnistore.transfer.session import Session, SessionLimits
-from omnistore.transfer.window import FlowLimits
+from omnistore.transfer.session import Session
+from omnistore.transfer.source import EARLY_MOST
+from omnistore.transfer.window import FlowLimits, SessionLimits
 
 MIB = 1 << 20
 PART = CID.of_digest(DAG_CBOR, bytes(32))
@@ -28,7 +29,8 @@ ALL = e.WantsAdded(PART, BLOCKS, 0xFF)
 
 
 def session(**limits: object) -> Session:
-    return Session(lambda: 0.0, SessionLimits(**limits))  # type: ignore[arg-type]
+    # At 1 MiB a second and after a second, a gain of two makes a window of two blocks.
+    return Session(lambda: 0.0, SessionLimits(**{"flow": FlowLimits(gain=2.0), **limits}))  # type: ignore[arg-type]
 
 
 def joined(
@@ -64,6 +66,45 @@ def test_a_peer_is_asked_what_it_holds_then_for_blocks() -> None:
     assert machine.step(e.PeerJoined("a", 1000, 100), 0) == [e.AskHave("a", (PART,))]
     assert wants(machine.step(e.HoldsReceived("a", PART, b"\xf0"), 0)) == [("a", [4, 5])]
     assert machine.outstanding == 2 * MIB
+
+
+def test_what_a_peer_holds_is_asked_before_the_blocks_are_known() -> None:
+    machine = session()
+    machine.step(e.PeerJoined("a", 1000, 100), 0)
+    assert machine.step(e.PartsNamed((PART, OTHER)), 0) == [e.AskHave("a", (PART, OTHER))]
+    # Who comes later is asked too, and asked once.
+    assert machine.step(e.PeerJoined("b", 1000, 1), 0) == [e.AskHave("b", (PART,))]
+    assert machine.step(e.HoldsReceived("a", PART, b"\xf0"), 0) == []
+    assert machine.step(e.PartsNamed((PART,)), 0) == []
+    assert wants(machine.step(ALL, 1)) == [("a", [4, 5])]
+    # One that had nothing to tell is asked again now: it may have the node by now.
+    machine.step(e.HoldsReceived("a", OTHER, None), 1)
+    late = e.WantsAdded(OTHER, (block(100),), 1)
+    assert machine.step(late, 1.5) == [e.AskHave("a", (OTHER,))]
+
+
+def test_a_bitmap_that_turns_out_not_to_fit_bans() -> None:
+    machine = session()
+    machine.step(e.PeerJoined("a", 1000, 100), 0)
+    machine.step(e.PartsNamed((PART,)), 0)
+    machine.step(e.HoldsReceived("a", PART, b"\xff\x01"), 0)
+    assert kinds(machine.step(ALL, 1)) == [e.DropPeer]
+    assert "a" in machine.banned
+
+
+def test_bitmaps_told_early_are_bounded() -> None:
+    machine = session()
+    parts = tuple(CID.of_digest(DAG_CBOR, number.to_bytes(32, "big")) for number in range(1000))
+    machine.step(e.PeerJoined("a", 1000, 100), 0)
+    due, counts = machine.step(e.PartsNamed(parts), 0), []
+    while due:
+        (asked,) = due
+        assert isinstance(asked, e.AskHave)
+        counts.append(len(asked.parts))
+        for part in asked.parts:
+            assert machine.step(e.HoldsReceived("a", part, bytes(8192)), 0) == []
+        due = machine.step(e.Tick(), 0)
+    assert counts == [100, 100, EARLY_MOST - 200]
 
 
 def test_nodes_are_asked_at_once() -> None:
@@ -152,7 +193,7 @@ def test_the_rarest_blocks_go_first() -> None:
 
 
 def test_urgent_parts_go_before_the_rarest() -> None:
-    machine = session(flow=FlowLimits(least=MIB))
+    machine = session(flow=FlowLimits(least=MIB, gain=2.0))
     machine.step(ALL, 0)
     joined(machine, "a")
     awaited = (block(100), block(101))
