@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL: Final = "/libp2p/dcutr"
 MAX_MESSAGE: Final = 4096
 """Bytes, as the protocol says."""
-IDENTIFY_SECONDS: Final = 5.0
+IDENTIFY_SECONDS: Final = 10.0
 """For the other end to say, over the relay, who it is and what it speaks."""
 REVERSAL_SECONDS: Final = 3.0
 """For a dial of the other end's public addresses: one behind a firewall never answers."""

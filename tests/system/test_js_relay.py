@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, open_network
 from omnistore.net.relay import HOP, Relay
 from tests.system.js_peer import JsPeer, js_peer, needs_js
+from tests.system.machines import PORT, internet
 
 pytestmark = needs_js
 
@@ -113,3 +115,27 @@ async def test_we_are_reached_through_a_relay_of_js() -> None:
         assert await seeker.connect(hidden.addrs()[0]) == hidden.peer_id
         await echoes(seeker, hidden.peer_id)
         nursery.cancel_scope.cancel()
+
+
+def test_js_that_reached_us_through_a_relay_is_dialled_directly(tmp_path: Path) -> None:
+    """It is public, we are behind a router.
+
+    AutoNAT is not tried with it: its server takes the connection that the question came over for the one that
+    it dialled, says that it failed, and closes it.
+    """
+    with internet() as net:
+        there, middle = net.machine(1), net.machine(4)
+        relaying = middle.seed(tmp_path / "relay", "--relay")
+        relaying.event("ready")
+        addr = middle.addr(tmp_path / "relay")
+        inside, _ = net.home(5)
+        hidden = inside.seed(tmp_path / "hidden", "--bootstrap", addr, "--relay-via", addr)
+        hidden.event("moved")
+        peer = hidden.seen[0]["peer_id"]
+        with js_peer(f"/ip4/{there.host}/tcp/{PORT}", inside=there.command()) as js:
+            assert js.do_now("dial", f"{addr}{CIRCUIT}/p2p/{peer}") == {"peer": peer, "limited": True}
+            assert hidden.event("direct", peer=js.peer)["how"] == "reversal"
+            kinds = {one["limited"] for one in js.do_now("connections") if one["peer"] == peer}
+            assert False in kinds
+            # What is asked of us now goes there.
+            assert js.do_now("ping", peer) < 5000
