@@ -61,6 +61,10 @@ REVERSAL_SECONDS: Final = 3.0
 """For a dial of the other end's public addresses: one behind a firewall never answers."""
 DIAL_SECONDS: Final = 5.0
 """For both ends' dials to meet: a first SYN that was dropped is sent again after 1 and 3 s."""
+DIAL_AGAIN: Final = 1.0
+"""Seconds between two dials of an address that refuses, within that time."""
+LAST_TOUCH: Final = 2.0
+"""Seconds for other dials of the same round to end, once there is a connection."""
 MESSAGE_SECONDS: Final = 15.0
 """For the other end to say something."""
 SEEN_SECONDS: Final = 60.0
@@ -147,8 +151,9 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
             async with self._slots:
                 how = await self._reverse(conn, peer) or await self._punch(conn, peer)
         except (NetworkError, ProtocolError, trio.TooSlowError, OSError) as error:
-            logger.info("no direct connection to %s: %s", peer, error or type(error).__name__)
-            how = None
+            logger.info("making the connection to %s direct: %s", peer, error or type(error).__name__)
+            # The other end may have ended the talk because it was through already.
+            how = "punch" if self._direct(peer) else None
         self.outcomes[how or "failed"] += 1
         if how is not None:
             logger.info("connected directly to %s, by %s", peer, how)
@@ -257,7 +262,16 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
             source = ours.sources.get(address.kind)
             if source is None:
                 return
-            stream = await source.connect(address.host, address.port)
+            while True:
+                try:
+                    stream = await source.connect(address.host, address.port)
+                    break
+                except OSError as error:
+                    # Some routers refuse what comes before their own end has dialled.
+                    logger.debug("dialling %s directly at %s: %r", peer, addr, error)
+                    await trio.sleep(DIAL_AGAIN)
+                    if self._direct(peer):
+                        return
             raw = RawConnection(TrioTCPStream(stream), client)
             if client:
                 await swarm.upgrade_outbound_raw_conn(raw, peer_id)
@@ -281,23 +295,29 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         self, peer: str, targets: Sequence[str], attempt: Callable[[str], Awaitable[None]], seconds: float
     ) -> bool:
         """Try all at once, until there is a direct connection to `peer`, whoever's dial made it."""
-        failed = 0
+        trying, failed = len(targets), 0
 
         async def one(addr: str) -> None:
-            nonlocal failed
+            nonlocal trying, failed
             try:
                 await attempt(addr)
             except Exception as error:  # noqa: BLE001  # upstream raises anything; it is one attempt that failed
                 logger.debug("dialling %s directly at %s: %r", peer, addr, error)
                 failed += 1
+            trying -= 1
 
-        with trio.move_on_after(seconds):
-            async with trio.open_nursery() as nursery:
-                for addr in targets:
-                    nursery.start_soon(one, addr)
+        async with trio.open_nursery() as nursery:
+            for addr in targets:
+                nursery.start_soon(one, addr)
+            with trio.move_on_after(seconds):
                 while not self._direct(peer) and failed < len(targets):  # noqa: ASYNC110  # no event for it
                     await trio.sleep(0.02)
-                nursery.cancel_scope.cancel()
+            if self._direct(peer):
+                # One that is being taken in would be closed if it were cancelled now.
+                with trio.move_on_after(LAST_TOUCH):
+                    while trying:  # noqa: ASYNC110  # any of several tasks
+                        await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()
         return self._direct(peer)
 
     def _direct(self, peer: str) -> bool:
