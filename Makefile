@@ -32,6 +32,11 @@ MINUTES ?= 30
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.soak --minutes $(MINUTES)
 
+# Hundreds of pins in one running seed that evicts; objects by type and memory before and after.
+.PHONY: soak-pins
+soak-pins: $(STAMP)
+	$(BIN)/python -m tests.soak.pins
+
 # Coverage-guided, over what strangers' bytes reach first; says so where atheris is not installed.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.fuzz_net -max_total_time=60
@@ -68,6 +73,16 @@ bench-wan: $(STAMP)
 # A flash crowd in virtual time; minutes of CPU at 50 leechers.
 bench-swarm: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_swarm
+
+# The same between processes on real sockets, at equal caps; two minutes.
+.PHONY: bench-crowd
+bench-crowd: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_crowd
+
+# Processor time of the pure session, by the number of blocks.
+.PHONY: bench-session
+bench-session: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_session
 
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine_memory

@@ -98,6 +98,8 @@ Event: TypeAlias = Held | Provided | PeerAppeared | Moved | Tick
 Command: TypeAlias = Provide | Forget
 
 
+_OUTDATED: Final = 64
+"""Outdated due times that are not worth clearing up."""
 _ROUNDING: Final = 1e-6
 """Of an announcement: sums of fractions that should come to one may be a little less."""
 
@@ -249,6 +251,11 @@ class ReprovideSchedule:
     def _set_due(self, cid: CID, due: float) -> None:
         self._keys[cid].due = due
         heapq.heappush(self._queue, (due, cid))
+        if len(self._queue) > 2 * len(self._keys) + _OUTDATED:
+            # Keys that come and go would leave theirs here for a day.
+            waiting = ((key, cid) for cid, key in self._keys.items() if cid not in self._fresh)
+            self._queue = [(key.due, cid) for key, cid in waiting if not key.under_way]
+            heapq.heapify(self._queue)
 
     def _drop_outdated(self) -> None:
         while self._queue:

@@ -21,6 +21,7 @@ from omnistore.errors import InputError, OmniError, PeerUnreachable
 from omnistore.http.daemon import Daemon
 from omnistore.http.message import App, Request, Response, json_response
 from omnistore.http.metrics import CONTENT_TYPE, render
+from omnistore.http.process import give_memory_back
 from omnistore.pinning import Document, PinRequest, request_untrusted, run_pin
 
 _log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class PinEvents:
         finally:
             counted.pins_running -= 1
             counted.pins[outcome] += 1
+            give_memory_back()
 
     async def _pin(self) -> str:
         try:

@@ -5,6 +5,9 @@ A seed that is left running is watched by these: descriptors, memory and tasks t
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import psutil
 import trio
 
@@ -25,3 +28,14 @@ def process_metrics() -> list[Metric]:
         Metric("omni_tasks", "gauge", "Tasks alive: a few for each connection and stream.",
                trio.lowlevel.current_statistics().tasks_living),
     ]  # fmt: skip
+
+
+def give_memory_back() -> None:
+    """Have the allocator return to the system what is free: of what a pin took it keeps more each time.
+
+    Takes milliseconds. Does nothing where the C library is not glibc.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

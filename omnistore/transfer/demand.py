@@ -135,6 +135,7 @@ class Demand:
         self._wanted: dict[CID, Wanted] = {}
         self._everyone: Sequence[Holdings] = ()
         self._sorted = True
+        self._tiers: tuple[_Tier, ...] = ()
 
     def add(self, part: CID | None, blocks: Sequence[Wanted], wanted: int, tie: float) -> Group | None:
         """Want the blocks of `wanted` (a mask); the group, when it is a new one.
@@ -143,10 +144,10 @@ class Demand:
         """
         group = None if part is None else self._by_part.get(part)
         new = group is None
+        self._sorted = False
         if group is None:
             group = Group(part, tuple(blocks), tie)
             self._groups.append(group)
-            self._sorted = False
             if part is not None:
                 self._by_part[part] = group
         elif group.blocks != tuple(blocks):
@@ -169,6 +170,7 @@ class Demand:
         """Want this part before those that nobody waits for."""
         if part is not None:
             self._by_part[part].urgent = True
+            self._sorted = False
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -211,8 +213,11 @@ class Demand:
         for group, bit in self._places.pop(cid):
             group.pending &= ~bit
             group.unfinished &= ~bit
-            if group.part is None and not group.unfinished:
-                self._groups.remove(group)
+            if not group.unfinished:
+                for tier in self._tiers:
+                    tier.forget(group)
+                if group.part is None:
+                    self._groups.remove(group)
         del self._wanted[cid]
 
     def weigh(self, everyone: Iterable[Holdings]) -> None:
@@ -233,21 +238,43 @@ class Demand:
         the rarest part.
         """
         if not self._sorted:
-            for group in self._groups:
-                if group.stale and group.unfinished:
-                    group.count(self._everyone)
-            self._groups.sort(key=lambda group: (group.rarity, group.tie))
-            self._sorted = True
-        for urgent in (True, False):
-            mine = [g for g in self._groups if g.urgent is urgent and g.pending & peer.masks.get(g, 0)]
-            for level in range(4):
-                for group in mine if level == 3 else self._any_order(mine):
+            self._put_in_order()
+        for tier in self._tiers:
+            for level, groups in enumerate(tier.levels):
+                # Equally rare blocks: in the order of the groups, or at random where others fetch them too.
+                for group in self._any_order(groups, peer) if tier.shared and level < 3 else groups:
                     while mask := group.pending & peer.masks.get(group, 0) & group.levels[level]:
                         yield group.first(mask, self._rng)
 
-    def _any_order(self, groups: list[Group]) -> list[Group]:
-        """Equally rare blocks: in the order of the groups, or at random where others fetch them too."""
-        if not any(group.shared for group in groups):
-            return groups
-        start = int(self._rng() * len(groups))
-        return groups[start:] + groups[:start]
+    def _any_order(self, groups: Sequence[Group], peer: Holdings) -> list[Group]:
+        mine = [group for group in groups if group.pending & peer.masks.get(group, 0)]
+        start = int(self._rng() * len(mine))
+        return mine[start:] + mine[:start]
+
+    def _put_in_order(self) -> None:
+        """Count what changed, and sort: once for many choices, which then look at little."""
+        for group in self._groups:
+            if group.stale and group.unfinished:
+                group.count(self._everyone)
+        self._groups.sort(key=lambda group: (group.rarity, group.tie))
+        self._sorted = True
+        left = [group for group in self._groups if group.unfinished]
+        halves = [group for group in left if group.urgent], [group for group in left if not group.urgent]
+        self._tiers = tuple(_Tier(half) for half in halves if half)
+
+
+class _Tier:
+    """Unfinished groups that are equally urgent, the rarest first."""
+
+    __slots__ = ("levels", "shared")
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.shared = any(group.shared for group in groups)
+        self.levels = tuple([group for group in groups if group.levels[level]] for level in range(4))
+        """Those that have blocks of each of `Group.levels`."""
+
+    def forget(self, group: Group) -> None:
+        """It is finished."""
+        for groups in self.levels:
+            if group in groups:
+                groups.remove(group)

@@ -236,3 +236,18 @@ def test_after_hours_alone_everything_is_announced_at_the_rate() -> None:
     world.advance(500 / pace.rate + 60)
     assert world.schedule.pending == 0
     assert busiest([when for when, _ in world.announced[before:]], 10) <= pace.burst + 10 * pace.rate + 1
+
+
+def test_keys_that_come_and_go_leave_nothing_behind() -> None:
+    """A seed whose pins are evicted: each was to be announced again in a day."""
+    simulated = Simulated(copies=20, delay=0.1)
+    for number in range(500):
+        simulated.step(
+            Held(frozenset(CID.of_digest(RAW, bytes(30) + (number * 4 + n).to_bytes(2)) for n in range(4)))
+        )
+        simulated.advance(60)
+    assert len(simulated.announced) == 2000
+    assert len(simulated.schedule._queue) < 100
+    simulated.advance(2 * PACE.interval)
+    assert simulated.said == simulated.held
+    assert len(simulated.announced) > 2004

@@ -1,6 +1,6 @@
 """Hundreds of small pins in one running seed, its disk cap evicting: whether anything grows with each.
 
-    python -m tests.soak.pins [--pins 400] [--trace]
+    python -m tests.soak.pins [--pins 400] [--mib 2] [--trace]
 
 A seed holds a dozen small models; another, whose disk cap takes a third of them, pins one after the other
 and lets go of it, with questions in between as people ask them. After a first round its objects are
@@ -37,9 +37,8 @@ from tests.soak.processes import CLI, Node, omni
 
 LOCAL: Final = "/ip4/127.0.0.1/tcp/0"
 MODELS: Final = 12
-SIZE: Final = 2 << 20
-CAP: Final = 8_000_000
-"""Bytes: four models."""
+FIT: Final = 3.9
+"""Models that the disk cap leaves room for."""
 EACH: Final = 0.25
 """Objects of one type for each pin that are a leak."""
 MEMORY: Final = 20_000
@@ -110,18 +109,19 @@ async def main(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         os.environ["PYTHONTRACEMALLOC"] = "1"
     source = root / "source"
     for number in range(MODELS):
-        make_gguf(root / f"{number}.gguf", SIZE, layers=2, seed=number)
+        make_gguf(root / f"{number}.gguf", options.mib << 20, layers=2, seed=number)
         added = await omni(source, "add", root / f"{number}.gguf", "--json")
         run.cids.append(CID.parse_untrusted(str(added.last["cid"])))
     try:
         giver = await run.start("source")
         keeper_home = root / "keeper"
         keeper_home.mkdir(mode=0o700)
-        (keeper_home / "config.toml").write_text(f"disk_cap = {CAP}\n")
+        (keeper_home / "config.toml").write_text(f"disk_cap = {int(FIT * (options.mib << 20))}\n")
         keeper = await run.start("keeper", "--bootstrap", giver.addr)
         seed = await running_seed(keeper_home)
         assert seed is not None
-        first = max(2 * MODELS, options.pins // 4)
+        # As long again beforehand: caches fill up, such as SQLite's of statements.
+        first = max(2 * MODELS, options.pins)
         looks = []
         rng = random.Random(1)
         for number in range(first + options.pins):
@@ -174,6 +174,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pins", type=int, default=400)
+    parser.add_argument("--mib", type=int, default=2, help="size of a model")
     parser.add_argument("--trace", action="store_true", help="with tracemalloc: where it was allocated; slow")
     with tempfile.TemporaryDirectory() as directory:
         faults = show(trio.run(main, parser.parse_args(), Path(directory)))
