@@ -109,15 +109,27 @@ class FileStore:
         return self._known(row)
 
     def models(self) -> Sequence[ModelStatus]:
-        return [self._status(row) for row in self.index.models()]
+        found = []
+        for row in self.index.models():
+            try:
+                found.append(self._status(row))
+            except BlockMissing:
+                now = self.index.model(row.cid)
+                if now is not None and now.id == row.id:
+                    raise
+                # Evicted, or swept by another process, since the list was made.
+        return found
 
     def status(self, cid: CID) -> ModelStatus:
+        return self._status(self._row(cid))
+
+    def _row(self, cid: CID) -> ModelRow:
         row = self.index.model(cid)
         if row is None:
             raise BlockMissing(
                 f"model {cid} is not held here", remedy="`omni ls` lists the models held here."
             )
-        return self._status(row)
+        return row
 
     def find(self, text: str) -> Model:
         return self.model(
@@ -125,9 +137,8 @@ class FileStore:
         )
 
     def unpin(self, cid: CID, parts: Collection[PartKey] | None = None) -> None:
-        status = self.status(cid)
-        row = self.index.model(cid)
-        assert row is not None
+        row = self._row(cid)
+        status = self._status(row)
         with self.index.writing() as writer:
             writer.pin(row.id, status.pinned if parts is None else parts, False)
             writer.set_used_model(row.id, time.time())

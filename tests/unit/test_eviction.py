@@ -15,11 +15,13 @@ import trio
 
 from omnistore.chunker.layout import Placement
 from omnistore.config import Config
+from omnistore.errors import BlockMissing
 from omnistore.manifest import PartKey
 from omnistore.store import sweep
 from omnistore.store.assembly import FileAssembly
 from omnistore.store.eviction import evict, owned_bytes
 from omnistore.store.files import FileStore
+from omnistore.store.index import ModelRow
 from omnistore.store.interface import Model
 from omnistore.store.publish import publish
 from omnistore.testing.network import VirtualNetwork
@@ -258,3 +260,23 @@ def test_what_was_packed_goes_with_its_model(store: FileStore, three: list[Sampl
     swept = sweep.sweep(store, now=NOW)
     assert {*gone, abandoned} <= set(swept.files)
     assert list(fresh.parent.iterdir()) == [fresh]
+
+
+def test_a_list_of_models_of_which_one_is_evicted_meanwhile(
+    store: FileStore, three: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = store.index.models
+
+    def evicting() -> Sequence[ModelRow]:
+        rows = listed()
+        monkeypatch.undo()
+        evict(store, owned_bytes(store) - 1, now=NOW)
+        return rows
+
+    monkeypatch.setattr(store.index, "models", evicting)
+    assert names(store) == ["model1", "model2"]
+    # What is still known but lacks a node is a fault, and said.
+    with store.database.writing() as db:
+        db.execute("DELETE FROM nodes WHERE digest = ?", (three[1].bare.cid.digest,))
+    with pytest.raises(BlockMissing):
+        store.models()
