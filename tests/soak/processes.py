@@ -15,8 +15,8 @@ from typing import Any, Final
 import trio
 
 CLI: Final = (sys.executable, str(Path(__file__).resolve().parent / "watched.py"))
-READY: Final = 60.0
-"""Seconds for a node to listen, on a machine that does other work."""
+READY: Final = 180.0
+"""Seconds for a node to listen, on a machine whose processors and disk do other work."""
 COMMAND: Final = 300.0
 """Seconds for one command; the slowest fetches from seeds that are stopped."""
 LAST_WORDS: Final = 3.0
@@ -70,13 +70,15 @@ class Node:
             self.process = await trio.lowlevel.open_process(
                 list(self.command), env=environ(self.home), stdin=subprocess.PIPE, stdout=events, stderr=log
             )
-        with trio.fail_after(READY):
+        with trio.move_on_after(READY):
             while True:
                 for event in self.events(seen):
                     if "addrs" in event:
                         self.addr = str(event["addrs"][0])
                         return
                 await trio.sleep(0.2)
+        await self.tell_where()
+        raise RuntimeError(f"{self.name} was not ready after {READY:.0f} s; {self.log} says where it was")
 
     def events(self, start: int = 0) -> list[dict[str, Any]]:
         """Whole lines from byte `start` on."""
