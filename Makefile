@@ -37,9 +37,10 @@ soak: $(STAMP)
 soak-pins: $(STAMP)
 	$(BIN)/python -m tests.soak.pins
 
-# Coverage-guided, over what strangers' bytes reach first; says so where atheris is not installed.
+# Coverage-guided, over what strangers' bytes reach first, each target for $(SECONDS); says so where atheris is not installed.
+SECONDS ?= 60
 fuzz: $(STAMP)
-	$(BIN)/python -m tests.fuzz.fuzz_net -max_total_time=60
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
