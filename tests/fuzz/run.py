@@ -34,7 +34,7 @@ def fuzz(name: str, seconds: int, found: Path) -> tuple[int, int, str]:
                 f"-timeout={ONE_INPUT}", f"-rss_limit_mb={MEMORY}", "-print_final_stats=1",
                 f"-artifact_prefix={found}/{name}-", "-max_len=8192", "-verbosity=1",
             ],
-            capture_output=True, text=True, errors="replace", timeout=seconds + 120, check=False,
+            capture_output=True, text=True, errors="replace", timeout=seconds + 600, check=False,
         )  # fmt: skip
     said = ended.stderr + ended.stdout
     runs = re.search(r"number_of_executed_units: (\d+)", said) or re.search(r"Done (\d+) runs", said)
