@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from prometheus_client.parser import text_string_to_metric_families
 
 from omnistore.http.client import ask_seed, running_seed
 from omnistore.http.local import socket_path
@@ -175,6 +176,13 @@ def test_metrics_are_prometheus_text(start_seed: StartSeed, home: Path) -> None:
         assert [line for line in answer.read().decode().splitlines() if line.startswith("#")] == [
             line for line in text.splitlines() if line.startswith("#")
         ]
+    # By Prometheus's own reader: names, types, labels and values.
+    read = {family.name: family for family in text_string_to_metric_families(text)}
+    assert read["omni_pins"].type == "counter" and read["omni_peers"].type == "gauge"
+    assert {sample.labels["outcome"]: sample.value for sample in read["omni_pins"].samples} == {
+        "done": 0, "failed": 0, "cancelled": 0,
+    }  # fmt: skip
+    assert all(family.documentation and family.type != "unknown" for family in read.values())
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families)) > 12
     for line in text.splitlines():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import configparser
+import os
 import plistlib
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
 from omnistore.http.client import running_seed
@@ -32,6 +37,28 @@ def test_the_systemd_unit_starts_a_seed() -> None:
     assert unit["Service"]["ExecStart"].split()[1:] == ["seed", "--quiet"]
     assert unit["Service"]["RestartPreventExitStatus"] == "2 7"
     assert unit["Service"]["Environment"].split("=")[1] == unit["Service"]["ReadWritePaths"]
+
+
+def test_systemd_takes_every_line_of_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not here: it comes with systemd")
+    unit = tmp_path / "omni.service"
+    program = str(Path(sys.executable).with_name("omni"))
+    unit.write_text(block("ini").replace("%h/omni/.venv/bin/omni", program))
+
+    def complaints() -> str:
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--user", str(unit)],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        return "\n".join(line for line in done.stderr.splitlines() if "omni.service" in line)
+
+    if "Failed to initialize manager" in complaints():
+        pytest.skip("systemd-analyze can not read a user's units on this machine")
+    assert complaints() == ""
+    unit.write_text(unit.read_text().replace("NoNewPrivileges", "NoNewPrivilege"))
+    assert "NoNewPrivilege" in complaints()
 
 
 def test_the_launchd_agent_starts_a_seed() -> None:
