@@ -286,6 +286,8 @@ class Coordinator:
 
     async def _this_machine(self) -> Machine:
         engine = pick_engine(self._options.engine, self.about.spec, self._options.kv)
+        if self._speed is None and not self._wishes.remote:
+            self._speed = 1.0  # beside no other it means nothing, and measuring takes a third of a second
         if self._speed is None:
             thread = ComputeThread("profile")
             try:
