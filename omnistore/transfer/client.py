@@ -72,7 +72,7 @@ MAX_HEADER_BYTES: Final = 512 << 20
 DISCOVERY_SOON: Final = 3.0
 """Seconds between look-ups while something wanted is held by nobody joined."""
 DISCOVERY_LATER: Final = 30.0
-"""Seconds between look-ups while all is well: newcomers make a fetch faster, not possible."""
+"""Seconds between look-ups while all is well, at most: newcomers make a fetch faster, not possible."""
 DISCOVERY_PARTS: Final = 4
 """Parts looked up in one round, beside the model itself."""
 
@@ -246,6 +246,7 @@ def provider_at(addr: str) -> Provider:
 
 async def _discover(swarm: Swarm, routing: ContentRouting, names: Sequence[CID]) -> None:
     """Look for newcomers: by the model's CIDs, and by the parts that nobody joined holds."""
+    pause = DISCOVERY_SOON
     while True:
         lacking = swarm.session.unheld()
         for cid in (*names, *lacking[:DISCOVERY_PARTS]):
@@ -254,7 +255,9 @@ async def _discover(swarm: Swarm, routing: ContentRouting, names: Sequence[CID])
                     swarm.add(provider)
             except NetworkError as error:
                 _log.info("looking for providers of %s: %s", cid, error)
-        await trio.sleep(DISCOVERY_SOON if lacking or not swarm.peers else DISCOVERY_LATER)
+        # Ever more rarely while all is well: those who came when we did announce themselves only by and by.
+        pause = DISCOVERY_SOON if lacking or not swarm.peers else min(2 * pause, DISCOVERY_LATER)
+        await trio.sleep(pause)
 
 
 @dataclass(slots=True)
