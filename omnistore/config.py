@@ -142,7 +142,8 @@ class Config:
     )  # fmt: skip
     sync_batch: int = setting(
         256 << 20, "bytes",
-        "What is written between two waits for the disk: what a power cut may make us check and fetch again.",
+        "Most that is written and not on the disk: what a power cut may make us check and fetch again. The"
+        " disk is told at half of it.",
         low=1 << 20, high=1 << 40,
     )  # fmt: skip
     node_grace: float = setting(

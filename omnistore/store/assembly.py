@@ -2,10 +2,10 @@
 
 The order is the whole idea: verified bytes go to their offsets, and only then does the index say that they
 are there. When the process dies, what the index names is in the page cache or on the disk. A power cut
-is another matter: waiting for the disk at every write would cost most of the speed, so it is done now and
-then, and until then the index says that the file is `unsynced` since this start of the machine. A store
-opened after another start reads such a file again (`FileStore`). A file is called `NAME.gguf.part` until
-every byte of the model's is in place and on the disk.
+is another matter: waiting for the disk at every write would cost most of the speed, so the disk takes it
+now and then, while more is written, and until a wait for all of it the index says that the file is
+`unsynced` since this start of the machine. A store opened after another start reads such a file again
+(`FileStore`). A file is called `NAME.gguf.part` until every byte of the model's is in place and on the disk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -55,7 +56,12 @@ class _Target:
     written: set[int]
     """Offsets of the blocks that the index says are in it."""
     unsynced: list[tuple[bytes, int, int]] = field(default_factory=list)
-    """(digest, offset, size) of blocks written since the last wait for the disk."""
+    """(digest, offset, size) of blocks written and not known to be on the disk."""
+    marked: bool = False
+    """Whether the index says `unsynced`."""
+    early: Future[None] | None = None
+    """The disk is taking the first `begun` of them."""
+    begun: int = 0
 
 
 class FileAssembly:
@@ -84,6 +90,7 @@ class FileAssembly:
         self._since = boot_id()
         self._lock = threading.Lock()
         self._closed = False
+        self._disk = ThreadPoolExecutor(1, "omni-sync")
         self._lacking = Counter[int]()
         """As `lacking`."""
         self._targets: dict[int, _Target] = {}
@@ -268,7 +275,7 @@ class FileAssembly:
         return places
 
     def _commit(self, rows: Mapping[int, Sequence[tuple[bytes, int, int]]]) -> None:
-        """Tell the index, which the bytes have reached before it; wait for the disk now and then."""
+        """Tell the index, which the bytes have reached before it; have the disk take them now and then."""
         if not rows:
             return
         with self._store.index.writing(power_safe=False) as writer:
@@ -280,28 +287,58 @@ class FileAssembly:
             self._targets[number].written.update(offset for _, offset, _ in places)
             self._lacking[number] -= sum(size for _, _, size in places)
             self._targets[number].unsynced += places
-        waiting = sum(size for target in self._targets.values() for _, _, size in target.unsynced)
-        if waiting >= self._store.config.sync_batch:
-            self._sync()
+            self._targets[number].marked = True
+        waiting = sum(
+            size for target in self._targets.values() for _, _, size in target.unsynced[target.begun :]
+        )
+        if waiting >= self._store.config.sync_batch // 2:
+            self._sync_early()
+
+    def _sync_early(self) -> None:
+        """Have the disk take what is written so far while more is: the wait in the end is short then."""
+        for target in self._targets.values():
+            if target.fd is not None and target.unsynced:
+                self._settle(target)
+                target.begun = len(target.unsynced)
+                target.early = self._disk.submit(sync_data, target.fd)
+
+    def _settle(self, target: _Target) -> None:
+        """Wait for what the disk began to take early. Raises `StoreError`."""
+        early, target.early = target.early, None
+        if early is not None:
+            with self._on_disk(target):
+                early.result()
+            del target.unsynced[: target.begun]
+            target.begun = 0
+
+    @contextmanager
+    def _on_disk(self, target: _Target) -> Iterator[None]:
+        """The block waits for the disk; what is not known to be there is forgotten if that fails."""
+        try:
+            with reported(target.file.where, "written"):
+                yield
+        except StoreError:
+            # The kernel has dropped the pages it could not write: none of them can be relied on.
+            with self._store.index.writing() as writer:
+                for digest, offset, _ in target.unsynced:
+                    writer.drop_location(digest, target.file.id, offset)
+            target.written.difference_update(offset for _, offset, _ in target.unsynced)
+            target.unsynced.clear()
+            target.begun = 0
+            raise
 
     def _sync(self) -> None:
         """Wait until everything written is on the disk, and say so in the index."""
         for target in self._targets.values():
-            if not target.unsynced or target.fd is None:
+            if not target.marked or target.fd is None:
                 continue
-            try:
-                with reported(target.file.where, "written"):
+            self._settle(target)
+            if target.unsynced:
+                with self._on_disk(target):
                     sync_data(target.fd)
-            except StoreError:
-                # The kernel has dropped the pages it could not write: none of them can be relied on.
-                with self._store.index.writing() as writer:
-                    for digest, offset, _ in target.unsynced:
-                        writer.drop_location(digest, target.file.id, offset)
-                target.written.difference_update(offset for _, offset, _ in target.unsynced)
-                target.unsynced.clear()
-                raise
             with self._store.index.writing() as writer:
                 writer.set_synced(target.file.id)
+            target.marked = False
             target.unsynced.clear()
 
     # --- ending -----------------------------------------------------------------------------
@@ -328,6 +365,7 @@ class FileAssembly:
             )
 
     def _close_targets(self) -> None:
+        self._disk.shutdown()
         for target in self._targets.values():
             if target.fd is not None:
                 os.close(target.fd)

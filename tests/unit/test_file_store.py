@@ -426,6 +426,37 @@ def test_what_the_disk_refused_late_is_fetched_again(
     assert store.status(made.signed.cid).files[0].read_bytes() == made.files["tiny.gguf"]
 
 
+def test_what_the_disk_refused_while_more_was_written_is_fetched_again(
+    home: Path, made: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, blocks = FileStore(Config(home, sync_batch=2)), made.blocks()
+    assembly = begin(store, made)
+    calls = []
+
+    def refused_once(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assembly_module, "sync_data", refused_once)
+        with pytest.raises(StoreError, match="Input/output error"):
+            for block in blocks:
+                assembly.write([block])
+            assembly.finish()
+    missing = {place.cid for place in assembly.missing()}
+    assert blocks[0].cid not in missing
+    assert blocks[1].cid in missing
+    assert {block.cid for block in blocks if not store.has(block.cid)} == missing
+    assert store.index.files()[0][1].unsynced is not None
+    assembly.write(blocks)
+    assembly.finish()
+    assert store.index.files()[0][1].unsynced is None
+    assembly.close()
+    assert store.status(made.signed.cid).files[0].read_bytes() == made.files["tiny.gguf"]
+    store.close()
+
+
 # --- full disks -----------------------------------------------------------------------------------
 
 
