@@ -85,6 +85,8 @@ class NoiseSource:
         self.types = dict(types)
         self.metadata: Mapping[str, object] = {}
         """Of the model that `noise_model` made."""
+        self.given: dict[str, bytes] = {}
+        """Tensors that are not noise, as they are read."""
         self._tiles: dict[tuple[str, float], NDArray[np.uint8]] = {}
 
     def names(self) -> Collection[str]:
@@ -96,6 +98,8 @@ class NoiseSource:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
         kind, shape = self.info(name)
         stop = nbytes(kind, shape) if stop is None else stop
+        if name in self.given:
+            return memoryview(self.given[name])[start:stop]
         if len(shape) == 1 or name.endswith(".bias"):
             return memoryview(self._vector(name, prod(shape)).tobytes())[start:stop]
         tile = self._tile(kind, name)
