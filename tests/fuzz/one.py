@@ -8,6 +8,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["omnistore", "omninfer"]):
+    import omninfer.framing  # noqa: F401  # the target imports it late
     from tests.fuzz.targets import TARGETS
 
 
