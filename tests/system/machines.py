@@ -6,25 +6,20 @@ the namespaces, which have no way out. Needs root, iproute2 and, for routers, nf
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from omnistore.config import load_key
+from tests.system.seeds import SeedProcess
 
 OMNI = [sys.executable, "-m", "omnistore.cli.main"]
 PORT = 4141
@@ -59,33 +54,6 @@ def run(*command: str, stdin: str | None = None) -> str:
 
 
 @dataclass
-class Seed:
-    """`omni seed --json` on a machine."""
-
-    process: subprocess.Popen[str]
-    home: Path
-    seen: list[dict[str, Any]] = field(default_factory=list)
-    lines: queue.Queue[str] = field(default_factory=queue.Queue)
-
-    def event(self, name: str, timeout: float = 40, **fields: Any) -> dict[str, Any]:
-        """The next event of this name with these fields."""
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                line = self.lines.get(timeout=max(0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise AssertionError(f"no {name} {fields} within {timeout} s, but {self.seen}") from None
-            event: dict[str, Any] = json.loads(line)
-            self.seen.append(event)
-            if event["event"] == name and fields.items() <= event.items():
-                return event
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
-
-
-@dataclass
 class Machine:
     """One namespace."""
 
@@ -104,7 +72,7 @@ class Machine:
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
-    def seed(self, home: Path, *args: object) -> Seed:
+    def seed(self, home: Path, *args: object) -> SeedProcess:
         """Start a seed; whoever needs it waits for its events."""
         process = subprocess.Popen(
             self.command(*OMNI, "seed", "--json", "--no-mdns", *args),
@@ -112,15 +80,7 @@ class Machine:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.internet.started.append(process)
-        seed = Seed(process, home)
-
-        def read() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                seed.lines.put(line)
-
-        threading.Thread(target=read, daemon=True).start()
-        return seed
+        return SeedProcess(process, home, patience=40)
 
     def addr(self, home: Path) -> str:
         """Where a seed of that home is reached on this machine."""

@@ -28,7 +28,8 @@ from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
 from omnistore.net.reachability import Vote
 from omnistore.testing.tiny_gguf import tiny_model
-from tests.system.machines import PORT, Machine, Seed, internet
+from tests.system.machines import PORT, Machine, internet
+from tests.system.seeds import SeedProcess
 
 LOCAL = "/ip4/127.0.0.1/tcp/0"
 ELSEWHERE = bytes.fromhex("0408080808060001")
@@ -176,7 +177,7 @@ async def test_an_answer_that_says_nothing_is_no_vote(answer: Any) -> None:
         assert await ask(asker, other.network.peer_id, list(asker.addrs())) is None
 
 
-def status(machine: Machine, seed: Seed) -> dict[str, Any]:
+def status(machine: Machine, seed: SeedProcess) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(machine.omni(seed.home, "status", "--json").stdout)["reachability"]
     return found
 

@@ -153,14 +153,8 @@ def pinned_through_routers(
     report = json.loads(done.stdout.splitlines()[-1])
     assert Path(report["path"]).read_bytes() == file.read_bytes()
     status = json.loads(relay.omni(home, "status", "--json").stdout)["relay"]
-    found = [event for event in drained(hidden) if event["event"] == "direct"]
+    found = [event for event in hidden.told() if event["event"] == "direct"]
     return status["bytes"], file.stat().st_size, found[0] if found else {}
-
-
-def drained(seed: Any) -> list[dict[str, Any]]:
-    while not seed.lines.empty():
-        seed.seen.append(json.loads(seed.lines.get()))
-    return list(seed.seen)
 
 
 def test_two_homes_behind_routers_talk_directly(tmp_path: Path) -> None:

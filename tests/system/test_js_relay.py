@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from omnistore.keys import PrivateKey
 from omnistore.net.addresses import CIRCUIT
-from omnistore.net.circuit_transport import Circuits
-from omnistore.net.interface import Provider, Stream
-from omnistore.net.libp2p import Libp2pNetwork, open_network
+from omnistore.net.interface import Provider
+from omnistore.net.libp2p import Libp2pNetwork
 from omnistore.net.relay import HOP, Relay
+from tests.system.circuits import node
 from tests.system.js_peer import JsPeer, js_peer, needs_js
 from tests.system.machines import PORT, internet
 
@@ -27,20 +26,6 @@ pytestmark = needs_js
 LOCAL = "/ip4/127.0.0.1/tcp/0"
 SOME = 60_000
 """Bytes: js-libp2p's relay carries 128 KiB on a circuit."""
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.receive_some(1 << 20):
-        await stream.send_all(data)
-
-
-@asynccontextmanager
-async def node(*listen: str) -> AsyncIterator[tuple[Libp2pNetwork, Circuits]]:
-    async with open_network(PrivateKey(secrets.token_bytes(32)), listen) as network:
-        network.serve("/test/echo", echo)
-        circuits = Circuits(network)
-        circuits.install()
-        yield network, circuits
 
 
 @asynccontextmanager

@@ -16,33 +16,19 @@ import trio
 from omnistore.errors import PeerUnreachable
 from omnistore.keys import PrivateKey
 from omnistore.net.addresses import CIRCUIT
-from omnistore.net.circuit_transport import Circuits
 from omnistore.net.circuits import RelayLimits
 from omnistore.net.interface import Provider, Stream
-from omnistore.net.libp2p import Libp2pNetwork, open_network
+from omnistore.net.libp2p import Libp2pNetwork
 from omnistore.net.reachability import State
 from omnistore.net.relay import HOP, Relay
 from omnistore.net.relay_use import RelayUse
 from omnistore.testing.tiny_gguf import tiny_model
+from tests.system.circuits import node
 
 if TYPE_CHECKING:
     from tests.system.conftest import StartSeed
 
 LOCAL = "/ip4/127.0.0.1/tcp/0"
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.receive_some(1 << 20):
-        await stream.send_all(data)
-
-
-@asynccontextmanager
-async def node(*listen: str) -> AsyncIterator[tuple[Libp2pNetwork, Circuits]]:
-    async with open_network(PrivateKey(secrets.token_bytes(32)), listen) as network:
-        network.serve("/test/echo", echo)
-        circuits = Circuits(network)
-        circuits.install()
-        yield network, circuits
 
 
 async def until(condition: Callable[[], bool]) -> None:
