@@ -198,6 +198,10 @@ class OriginStream:
 
     # --- the source's end -------------------------------------------------------------------
 
+    def look_again(self) -> None:
+        """More is known of what lies where: parts asked about before may be told of now."""
+        self._wake()
+
     async def run(self) -> None:
         """Make requests until reset or at fault."""
         with self._scope:

@@ -352,6 +352,8 @@ class WebSources:
         self._hinted: dict[str, Mirror] = {}
         """Mirrors that peers named."""
         self._sources: dict[str, Origin] = {}
+        self._streams: set[OriginStream] = set()
+        """Those that run."""
         self._resolved = trio.Event()
         self._ready = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -386,6 +388,9 @@ class WebSources:
             self.where.learn_part(ref, part)
         for url in self._mirrors.values():
             file_urls(url, [entry.name for entry in manifest.files])
+        # Parts are asked about as soon as they are named, and a gateway has them once their links are known.
+        for stream in self._streams:
+            stream.look_again()
 
     def has(self, peer: str) -> bool:
         """Whether a name among the peers is one of these sources."""
@@ -427,8 +432,15 @@ class WebSources:
         stream = OriginStream(source, self._resolved)
         if self._nursery is None:
             raise LocalProtocolError("a source was asked before it was run")
-        self._nursery.start_soon(stream.run)
+        self._nursery.start_soon(self._run, stream)
         return stream
+
+    async def _run(self, stream: OriginStream) -> None:
+        self._streams.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
 
     def _source(self, peer: str) -> Origin:
         """One source, kept over its streams: it remembers when it may be asked again."""

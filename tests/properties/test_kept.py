@@ -43,14 +43,17 @@ def test_kept_prompts_are_those_of_a_plain_list(
                 for old in model
                 if (old.peer, old.stage) == (peer, stage) and words[: len(old.labels)] == old.labels
             }
+            before = model
             model = {old: used for old, used in {**model, new: now}.items() if old not in gone}
             assert gone == {new} if number > PER_PEER else covered <= gone
             own = {old: used for old, used in model.items() if old.peer == peer}
             assert sum(old.bytes for old in own) <= PER_PEER
             others = [one for one in gone - covered if one != new]
             assert all(one.peer == peer for one in others), "nobody pays for another peer's prompts"
-            if others:  # the last to go had to
-                assert sum(old.bytes for old in own) + min(one.bytes for one in others) > PER_PEER
+            if others:  # the least recently used went first, and the last to go had to
+                last = max(others, key=lambda one: before[one])
+                assert sum(old.bytes for old in own) + last.bytes > PER_PEER
+                assert all(before[last] < used for old, used in own.items() if old != new)
         elif action == "recall":
             own = {old: used for old, used in model.items() if (old.peer, old.stage) == (peer, stage)}
             best = max((shared(old.labels, words) for old in own), default=0)
