@@ -53,6 +53,7 @@ RANKS: dict[str, int] = {
     "omnistore.net.reachability": 1,
     "omnistore.net.records": 1,
     "omnistore.net.relay_choice": 1,
+    "omnistore.net.stream_state": 1,
     "omnistore.chunker": 2,
     "omnistore.config": 2,
     "omnistore.dht": 2,

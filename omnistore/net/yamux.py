@@ -1,11 +1,11 @@
 """Connections of our own: Noise records and Yamux over py-libp2p's handshake, same bytes on the wire.
 
-The trio shell around `records` and `muxing`. One task reads: the socket fills a buffer, every whole
-record in it is decrypted, into a waiting reader's own memory if there is one, and every frame taken in,
-without awaiting. Whoever writes sends at once if
-nobody else is sending; else one task sends what all have queued, a batch at a time. A batch once
-sealed is sent whole, whoever is cancelled. A third task pings, and closes the connection when
-nothing comes back (`Liveness`).
+The trio shell around `records` and `muxing`; a stream's face is `muxed_stream`'s, sockets are `wires`'.
+One task reads: the socket fills a buffer, every whole record in it is decrypted, into a waiting reader's
+own memory if there is one, and every frame taken in, without awaiting. Whoever writes sends at once if
+nobody else is sending; else one task sends what all have queued, a batch at a time. A batch once sealed
+is sent whole, whoever is cancelled. A third task pings, and closes the connection when nothing comes
+back (`Liveness`).
 
 What py-libp2p 0.8.1 does instead: two reads and five copies for each record, a sender that polls a
 closed window, frames that spill into a second record, resets and lost connections that read as an
@@ -16,23 +16,20 @@ Deliberately not here: the handshake, which stays the library's, and agreeing on
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 
 from omnistore.errors import RemoteProtocolError
 from omnistore.net import frames
-from omnistore.net.agreement import Answer, agreed
-from omnistore.net.muxing import Muxing, Pending, StreamState
-from omnistore.net.records import LARGE_BUFFER, SMALL_BUFFER, Opener, Sealer, Taker
+from omnistore.net.agreement import Answer
+from omnistore.net.muxed_stream import MuxedStream
+from omnistore.net.muxing import Muxing
+from omnistore.net.records import SMALL_BUFFER, Opener, Sealer, Taker
+from omnistore.net.stream_state import Pending, StreamState
+from omnistore.net.wires import wire_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,229 +47,6 @@ class Liveness:
     """Seconds between the pings of a connection."""
     patience: float = 15.0
     """Seconds without one byte received, after a ping, or without one that could be sent."""
-
-
-class _Wire(Protocol):
-    """The bytes below the records."""
-
-    async def receive_into(self, room: memoryview) -> int: ...
-
-    async def send(self, data: memoryview) -> int: ...
-
-
-class _SocketWire:
-    """A TCP socket, without the layers above it, trio's own included: half of a call's time is theirs."""
-
-    def __init__(self, socket: trio.socket.SocketType) -> None:
-        self._socket = socket
-
-    async def receive_into(self, room: memoryview) -> int:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            count = os.readv(self._socket.fileno(), (room,))
-        except BlockingIOError:
-            pass
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return count
-        while True:
-            await trio.lowlevel.wait_readable(self._socket.fileno())
-            try:
-                return os.readv(self._socket.fileno(), (room,))
-            except BlockingIOError:
-                continue
-
-    async def send(self, data: memoryview) -> int:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            count = os.write(self._socket.fileno(), data)
-        except BlockingIOError:
-            pass
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return count
-        while True:
-            await trio.lowlevel.wait_writable(self._socket.fileno())
-            try:
-                return os.write(self._socket.fileno(), data)
-            except BlockingIOError:
-                continue
-
-
-class _LayeredWire:
-    """Whatever else the library may have put below: a relay's circuit, a private network's cipher."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-
-    async def receive_into(self, room: memoryview) -> int:
-        data = await self._raw.read(len(room))
-        room[: len(data)] = data
-        return len(data)
-
-    async def send(self, data: memoryview) -> int:
-        # Cancelled half-way, nobody knows what was sent.
-        with trio.CancelScope(shield=True):
-            await self._raw.write(bytes(data))
-        return len(data)
-
-
-def _wire_of(session: Any) -> _Wire:
-    raw = session.conn.read_writer.read_write_closer
-    socket_stream = getattr(getattr(raw, "stream", None), "stream", None)
-    if isinstance(socket_stream, trio.SocketStream):
-        return _SocketWire(socket_stream.socket)
-    return _LayeredWire(raw)
-
-
-class MuxedStream:
-    """One stream, as the library's layers and ours use it."""
-
-    def __init__(self, connection: Connection, state: StreamState) -> None:
-        self.muxed_conn = connection
-        self.stream_id = state.id
-        self._connection = connection
-        self._state = state
-        self._news = trio.lowlevel.ParkingLot()
-        self._answer: Answer | None = None
-        """What is still to come before anything else: to what `ask` took for granted."""
-
-    async def ask(self, protocol: str) -> None:
-        """Say what this stream is for and go on as if the peer agreed; what it says is looked at later."""
-        self._answer = Answer(protocol)
-        await self.write(agreed(protocol))
-
-    async def receive_some(self, most: int) -> bytes:
-        """Up to `most` bytes, `b""` at the peer's end. Raises `MuxedStreamReset`."""
-        if self._answer is not None:
-            await self._agree(self._answer)
-        if not self._state.received:
-            await self._wait_for_bytes()
-        else:
-            # Others need no turn: who only takes what is there soon has taken a window, and waits.
-            await trio.lowlevel.checkpoint_if_cancelled()
-        pieces = self._connection.take(self._state, most)
-        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
-
-    async def receive_exactly(self, count: int) -> bytes:
-        """`count` bytes, or as many as there were before the peer's end. Raises `MuxedStreamReset`."""
-        if self._answer is not None:
-            await self._agree(self._answer)
-        pieces: list[memoryview] = []
-        while count:
-            if not self._state.received:
-                await self._wait_for_bytes()
-            taken = self._connection.take(self._state, count)
-            if not taken:
-                break
-            pieces += taken
-            count -= sum(len(piece) for piece in taken)
-        await trio.lowlevel.checkpoint()
-        return b"".join(pieces)
-
-    async def receive_into(self, room: memoryview) -> int:
-        """Fill `room`, not empty, or as much of it as comes without a pause; 0 at the peer's end.
-
-        Raises `MuxedStreamReset`. Cancelled, it has taken what arrived.
-        """
-        if self._answer is not None:
-            await self._agree(self._answer)
-        state = self._state
-        count = 0
-        for piece in self._connection.take(state, len(room)):
-            room[count : count + len(piece)] = piece
-            count += len(piece)
-        if count == len(room) or state.ended:
-            await trio.lowlevel.checkpoint()
-            return count
-        lent = len(room) - count
-        self._connection.lend(state, room[count:])
-        try:
-            while not (state.ended or state.broken or len(state.room or b"") < lent):
-                await self._news.park()
-        finally:
-            count = len(room) - self._connection.reclaim(state)
-        if not count and state.broken:
-            raise MuxedStreamReset(state.broken)
-        return count
-
-    async def read(self, n: int | None = None) -> bytes:
-        """As the library reads: `MuxedStreamEOF` at the end, everything there is without `n`."""
-        if n == 0:
-            return b""
-        data = await self.receive_some(LARGE_BUFFER if n is None or n < 0 else n)
-        if not data:
-            raise MuxedStreamEOF("the peer ended the stream")
-        return data
-
-    async def write(self, *data: bytes | bytearray | memoryview) -> None:
-        """Send everything, in order. Raises `MuxedStreamReset` or `MuxedStreamClosed`."""
-        state = self._state
-        if state.broken:
-            raise MuxedStreamReset(state.broken)
-        if state.closing:
-            raise MuxedStreamClosed("the stream was closed here")
-        views = [view for piece in data if (view := memoryview(piece).cast("B"))]
-        if not views:
-            await trio.lowlevel.checkpoint()
-            return
-        pending = self._connection.queue(state, *views)
-        try:
-            await self._connection.push()
-            while not (pending.done or state.broken):
-                await self._news.park()
-        finally:
-            self._connection.withdraw(state, pending)
-        if state.broken:
-            raise MuxedStreamReset(state.broken)
-
-    async def close(self) -> None:
-        """End our direction; the peer's goes on."""
-        self._connection.close_stream(self._state)
-        await trio.lowlevel.checkpoint()
-
-    async def reset(self) -> None:
-        """Abort both directions."""
-        self._connection.reset_stream(self._state)
-        await trio.lowlevel.checkpoint()
-
-    def wake(self) -> None:
-        """Something about the stream changed."""
-        self._news.unpark_all()
-
-    def set_deadline(self, ttl: int) -> bool:
-        """Deadlines are cancel scopes."""
-        return False
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """Of the connection."""
-        return self._connection.get_remote_address()
-
-    async def _agree(self, answer: Answer) -> None:
-        """Receive the answer. Raises `MuxedStreamReset` if the peer does not agree."""
-        while answer.lacking:
-            await self._wait_for_bytes()
-            pieces = self._connection.take(self._state, answer.lacking)
-            if not pieces:
-                raise MuxedStreamReset("the peer ended the stream before it agreed on a protocol")
-            try:
-                for piece in pieces:
-                    answer.take_untrusted(piece)
-            except RemoteProtocolError as error:
-                await self.reset()
-                raise MuxedStreamReset(f"the peer {error.message}") from None
-        self._answer = None
-
-    async def _wait_for_bytes(self) -> None:
-        """Until there are some, or the peer's end. Raises `MuxedStreamReset`."""
-        state = self._state
-        while not state.received:
-            if state.ended:
-                await trio.lowlevel.checkpoint()
-                return
-            if state.broken:
-                raise MuxedStreamReset(state.broken)
-            await self._news.park()
 
 
 class _Answered:
@@ -308,7 +82,7 @@ class Connection:
         self.on_close: Any = None
         """Set by the swarm."""
         self._liveness = liveness
-        self._wire = _wire_of(session)
+        self._wire = wire_of(session)
         self._opener = Opener(opening.cipher.cipher, opening.n)
         self._sealer = Sealer(sealing.cipher.cipher, sealing.n)
         self._core = Muxing(session.is_initiator)

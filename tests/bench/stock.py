@@ -2,7 +2,6 @@
 
     python -m tests.bench.stock ARGUMENTS OF OMNI…
 
-For benches only. Upstream's streams are given the three methods that ours have; all else is theirs.
 For benches only. Upstream's streams are given the methods that ours have; all else is theirs.
 """
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
 from omnistore.net import frames as f
-from omnistore.net.muxing import LIMITS, Muxing, MuxLimits, StreamState
+from omnistore.net.muxing import Muxing
+from omnistore.net.stream_state import LIMITS, MuxLimits, StreamState
 
 
 def drain(core: Muxing) -> bytes:
