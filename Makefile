@@ -94,6 +94,12 @@ TYPES ?= Q4_0 Q8_0 Q4_K_M
 bench-llama: $(STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m tests.bench.bench_engine --peers $(PEERS)/bin/python --types $(TYPES)
 
+# mlx on the GPU of this machine (Metal, or CUDA with mlx[cuda13] in the environment): its contract, its parity, and tokens/s beside llama.cpp's.
+.PHONY: bench-gpu
+bench-gpu: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_engine --gpu --peers $(PEERS)/bin/python --types $(TYPES)
+	$(BIN)/pytest -q tests/unit/engines/test_engine_contracts.py tests/conformance/test_engine_parity.py -k "TestMlxEngine or mlx" -m "not slow"
+
 # Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
 .PHONY: parity-tokens
 parity-tokens: $(STAMP) $(PEERS_STAMP)

@@ -58,6 +58,8 @@ class EngineContract:
     quantised_tolerance = 2e-4
     """With quantised weights: more where an engine quantises activations too, and the last bit of one decides
     between two codes."""
+    kv_itemsize = 4
+    """Bytes of an element of keys and values that are kept in full: 2 where products are of halfs."""
 
     @pytest.fixture
     def engine(self) -> Engine:
@@ -304,14 +306,13 @@ class EngineContract:
         tokens = prompt(80)
         whole = run([stage], tokens)
         full = run([load(engine, model)], tokens)
-        assert 0 < np.abs(whole - full).max() < 0.05  # on logits of about 1; 0.019 was seen
+        # The last bit of an activation decides between two codes, a code now and then between two experts.
+        typical = np.median if model[0].experts else np.max
+        assert 0 < typical(np.abs(whole - full).max(axis=-1)) < 0.05  # on logits of about 1; 0.019 was seen
         pieces = [
             run([stage], tokens[a:b], position=a, slot=1) for a, b in ((0, 33), (33, 34), (34, 35), (35, 80))
         ]
-        # The last bit of an activation decides between two codes, a code now and then between two experts.
-        differences = np.abs(np.concatenate(pieces) - whole).max(axis=-1)
-        worst = np.median(differences) if model[0].experts else differences.max()
-        assert worst < 0.01
+        assert typical(np.abs(np.concatenate(pieces) - whole).max(axis=-1)) < 0.01
 
     def test_q8_slots_fork_and_trim(self, engine: Engine, model: tuple[ModelSpec, NoiseSource]) -> None:
         stage = self.kept_in_q8(engine, model)
@@ -327,7 +328,7 @@ class EngineContract:
     @pytest.mark.parametrize("head", [32, 24])
     def test_caches_take_what_plans_reckon(self, engine: Engine, head: int) -> None:
         """Heads that are whole groups of 32, and others: exactly, but for zeros that only ort fills them up
-        with."""
+        with, and for halfs, which plans do not know of."""
         size = {"attention__key_length": head, "attention__value_length": head, "rope__dimension_count": 16}
         model = noise_model(**size)  # type: ignore[arg-type]  # integers
         took = {}
@@ -337,9 +338,10 @@ class EngineContract:
             took[kind] = stage.cache_bytes(0)
             reckoned = kv_bytes(model[0], kind) * CONTEXT * model[0].layers
             assert took[kind] <= reckoned
-            assert took[kind] * (32 if kind == "full" else head) >= reckoned * head
+            itemsize = self.kv_itemsize if kind == "full" else 4
+            assert took[kind] * (32 if kind == "full" else head) * 4 >= reckoned * head * itemsize
         if "q8" in took:
-            assert took["full"] / took["q8"] > 3.6
+            assert took["full"] / took["q8"] > 0.9 * self.kv_itemsize
 
     # Limits and errors: the call raises what it should, and changes nothing.
 

@@ -1,6 +1,6 @@
 """llama.cpp's side of bench_engine: prints one JSON object. Runs in the peers' environment, alone.
 
-python tests/bench/llama_cpp_speed.py MODEL.gguf THREADS DECODED PROMPT… BEGAN
+python tests/bench/llama_cpp_speed.py MODEL.gguf THREADS DECODED cpu|gpu PROMPT… BEGAN
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 import llama_cpp as llama
 
 
-def main(model: str, threads: int, decoded: int, prompts: list[int], began: float) -> None:
+def main(model: str, threads: int, decoded: int, where: str, prompts: list[int], began: float) -> None:
     started = time.perf_counter()
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, None)
     llama.llama_backend_init()
-    loaded = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
+    of_model = llama.llama_model_default_params()
+    of_model.n_gpu_layers = 999 if where == "gpu" else 0
+    loaded = llama.llama_model_load_from_file(model.encode(), of_model)
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch = 1024, 512
     params.n_threads = params.n_threads_batch = threads
@@ -50,5 +52,5 @@ def main(model: str, threads: int, decoded: int, prompts: list[int], began: floa
 
 
 if __name__ == "__main__":
-    path, threads, decoded, *prompts, began = sys.argv[1:]
-    main(path, int(threads), int(decoded), list(map(int, prompts)), float(began))
+    path, threads, decoded, where, *prompts, began = sys.argv[1:]
+    main(path, int(threads), int(decoded), where, list(map(int, prompts)), float(began))

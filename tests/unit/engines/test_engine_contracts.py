@@ -24,10 +24,42 @@ class TestNumpyEngineWithPackedWeights(EngineContract):
         return get_engine("numpy")
 
 
+HALFS = 0.01
+"""Tolerance with products of halfs: nothing above 0.004 was seen on MLX's CPU build."""
+
+
 class TestMlxEngine(EngineContract):
+    """On the GPU where there is one, with halfs."""
+
     @pytest.fixture
     def engine(self) -> Engine:
-        return get_engine("mlx")
+        engine = get_engine("mlx")
+        if engine.accelerated():
+            self.tolerance = self.quantised_tolerance = HALFS
+            self.kv_itemsize = 2
+        return engine
+
+
+@pytest.mark.slow
+class TestMlxEngineWithHalfs(EngineContract):
+    """A GPU's arithmetic on the CPU, which is slow at it."""
+
+    tolerance = quantised_tolerance = HALFS
+    kv_itemsize = 2
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        # Imported here: nothing else in this file needs MLX to be installed.
+        import mlx.core as mx
+
+        from omninfer.engines.mlx_engine import MlxEngine
+
+        return MlxEngine(mx.float16)
+
+    @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "MXFP4"])
+    def test_experts_of_every_form(self, engine: Engine, kind: str) -> None:
+        """But F16: MLX's gather_mm knows float32 alone on a CPU."""
+        super().test_experts_of_every_form(engine, kind)
 
 
 class TestOrtEngine(EngineContract):
