@@ -163,13 +163,11 @@ class Autonat:
 
     def _connected(self) -> dict[str, str]:
         """Peers with a direct connection and where they are, in random order: nobody can be first."""
-        swarm = self.network.host.get_network()
-        found: dict[str, str] = {}
-        for peer in self.network.peers():
-            for conn in swarm.get_connections(ID.from_base58(peer)):
-                address = conn.muxed_conn.get_remote_address()
-                if address and not conn.is_closed and not self.shunned(peer):
-                    found[peer] = str(address[0])
+        found = {
+            peer: at[-1][0]
+            for peer in self.network.peers()
+            if not self.shunned(peer) and (at := self.network.remote_addresses(peer))
+        }
         peers = sorted(found)
         self.rng.shuffle(peers)
         return {peer: found[peer] for peer in peers}

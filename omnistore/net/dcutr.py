@@ -145,7 +145,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
     async def _improve(self, conn: Any) -> None:
         """Have a direct connection beside a relayed one that reached us."""
         peer = str(conn.muxed_conn.peer_id)
-        if self._direct(peer) or not self._throttle.may(peer, trio.current_time()):
+        if self.network.is_direct(peer) or not self._throttle.may(peer, trio.current_time()):
             return
         try:
             async with self._slots:
@@ -153,7 +153,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         except (NetworkError, ProtocolError, trio.TooSlowError, OSError) as error:
             logger.info("making the connection to %s direct: %s", peer, error or type(error).__name__)
             # The other end may have ended the talk because it was through already.
-            how = "punch" if self._direct(peer) else None
+            how = "punch" if self.network.is_direct(peer) else None
         self.outcomes[how or "failed"] += 1
         if how is not None:
             logger.info("connected directly to %s, by %s", peer, how)
@@ -203,7 +203,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
     async def _retire(self, conn: Any, peer: str) -> None:
         """Let go of the relayed connection once nothing runs on it, unless it became the only one."""
         await trio.sleep(GRACE)
-        while self._direct(peer) and not conn.is_closed:
+        while self.network.is_direct(peer) and not conn.is_closed:
             if not conn.get_streams():
                 with trio.move_on_after(5):
                     await conn.close()
@@ -214,7 +214,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
 
     async def _answer(self, stream: Stream) -> None:
         assert isinstance(stream, Libp2pStream)
-        if not stream.relayed or self._direct(stream.peer):
+        if not stream.relayed or self.network.is_direct(stream.peer):
             return
         conn = stream.raw.muxed_conn
         with trio.move_on_after(IDENTIFY_SECONDS if conn.is_initiator else 0):
@@ -223,7 +223,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         ready = self._ready.get(stream.peer)
         async with self._ours(conn) if ready is None else nullcontext(ready) as ours:
             punch = Punch(begins=False, seen_at=scope(ours.host))
-            while not self._direct(stream.peer):
+            while not self.network.is_direct(stream.peer):
                 dial = await self._say(stream, await self._hear_untrusted(stream, punch), ours)
                 if isinstance(dial, Dial) and await self._dial(stream.peer, dial, ours, client=True):
                     self.on_direct(stream.peer, "punch")
@@ -270,7 +270,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
                     # Some routers refuse what comes before their own end has dialled.
                     logger.debug("dialling %s directly at %s: %r", peer, addr, error)
                     await trio.sleep(DIAL_AGAIN)
-                    if self._direct(peer):
+                    if self.network.is_direct(peer):
                         return
             raw = RawConnection(TrioTCPStream(stream), client)
             if client:
@@ -310,21 +310,15 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
             for addr in targets:
                 nursery.start_soon(one, addr)
             with trio.move_on_after(seconds):
-                while not self._direct(peer) and failed < len(targets):  # noqa: ASYNC110  # no event for it
+                while failed < len(targets) and not self.network.is_direct(peer):  # noqa: ASYNC110  # no event
                     await trio.sleep(0.02)
-            if self._direct(peer):
+            if self.network.is_direct(peer):
                 # One that is being taken in would be closed if it were cancelled now.
                 with trio.move_on_after(LAST_TOUCH):
                     while trying:  # noqa: ASYNC110  # any of several tasks
                         await trio.sleep(0.02)
             nursery.cancel_scope.cancel()
-        return self._direct(peer)
-
-    def _direct(self, peer: str) -> bool:
-        conns = self.network.host.get_network().get_connections(ID.from_base58(peer))
-        return any(
-            conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed for conn in conns
-        )
+        return self.network.is_direct(peer)
 
     async def _seen_at(self, conn: Any) -> str:
         """The IP address at which the relay of a connection sees us. Raises `PeerUnreachable`."""

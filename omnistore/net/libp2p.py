@@ -125,10 +125,7 @@ class Libp2pStream:
     @property
     def superseded(self) -> bool:
         """Whether it goes through a relay, and a direct connection stands by now."""
-        return self.relayed and any(
-            conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
-            for conn in self.swarm.get_connections(self.raw.muxed_conn.peer_id)
-        )
+        return self.relayed and bool(_direct_connections(self.swarm, self.raw.muxed_conn.peer_id))
 
     @property
     def remote_host(self) -> str | None:
@@ -185,6 +182,21 @@ class Libp2pNetwork:
         """The peers we are connected to."""
         return [str(peer) for peer in self.host.get_connected_peers()]
 
+    def is_direct(self, peer: str) -> bool:
+        """Whether a connection to a peer stands that goes through no relay."""
+        return bool(_direct_connections(self.host.get_network(), _peer_untrusted(peer)))
+
+    def remote_addresses(self, peer: str, *, dialled: bool = False) -> list[tuple[str, int]]:
+        """IP address and port at the other end of each direct connection to a peer.
+
+        `dialled`: of those that we made, where the port is one that the peer listens at.
+        """
+        muxed = [
+            conn.muxed_conn for conn in _direct_connections(self.host.get_network(), _peer_untrusted(peer))
+        ]
+        found = [one.get_remote_address() for one in muxed if one.is_initiator or not dialled]
+        return [(str(address[0]), int(address[1])) for address in found if address is not None]
+
     async def connect(self, addr: str) -> str:
         """Dial a multiaddr ending in `/p2p/…`; the peer ID reached."""
         address, peer = parse_dialable_untrusted(addr)
@@ -221,10 +233,7 @@ class Libp2pNetwork:
             _translated(f"{address} did not open a stream of {protocol}"),
             trio.fail_after(self.options.open_deadline),
         ):
-            if not any(
-                conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
-                for conn in swarm.get_connections(peer)
-            ):
+            if not _direct_connections(swarm, peer):
                 await swarm._dial_addr_single_attempt(Multiaddr(address.transport), peer)
             # The library's choice among several connections is a direct one.
             return Libp2pStream(await self._stream(peer, protocol), str(peer), swarm)
@@ -342,6 +351,15 @@ def _new_host(
     own = Multiaddr(f"/p2p/{host.get_id()}")
     host.get_addrs = lambda: [addr.encapsulate(own) for addr in addrs_factory(host.get_transport_addrs())]
     return host, dialer
+
+
+def _direct_connections(swarm: Any, peer: Any) -> list[Any]:
+    """The library's connections to a peer that stand and go through no relay."""
+    return [
+        conn
+        for conn in swarm.get_connections(peer)
+        if conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
+    ]
 
 
 def _dialable(bound: Sequence[Any], outside: Sequence[Address], circuits: Sequence[str]) -> list[Any]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import trio
-from libp2p.connection_types import ConnectionType
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
@@ -35,7 +34,7 @@ async def outside_address(network: Libp2pNetwork, peer: str, source: Source) -> 
 
     Only a peer that we dialled is asked, where we dialled it.
     """
-    where = dialled_at(network, peer)
+    where = next(iter(network.remote_addresses(peer, dialled=True)), None)
     if where is None or (":" in where[0]) != (":" in source.host):
         return None
     swarm, peer_id, conn = network.host.get_network(), ID.from_base58(peer), None
@@ -57,18 +56,6 @@ async def outside_address(network: Libp2pNetwork, peer: str, source: Source) -> 
     return None
 
 
-def dialled_at(network: Libp2pNetwork, peer: str) -> tuple[str, int] | None:
-    """Where we dialled a peer, if we did; None otherwise."""
-    conns: list[Any] = network.host.get_network().get_connections(ID.from_base58(peer))
-    for conn in conns:
-        direct = conn.get_connection_type() == ConnectionType.DIRECT and not conn.is_closed
-        if direct and conn.muxed_conn.is_initiator:
-            address: tuple[str, int] | None = conn.muxed_conn.get_remote_address()
-            if address is not None:
-                return address[0], address[1]
-    return None
-
-
 async def one_port_for_all(network: Libp2pNetwork) -> bool | None:
     """Whether our router shows a port of ours to all under one outside port, as hole punching needs it.
 
@@ -78,12 +65,12 @@ async def one_port_for_all(network: Libp2pNetwork) -> bool | None:
     try:
         with FreePort("ip4") as free:
             for peer in network.peers():
-                where = dialled_at(network, peer)
-                if where is None or where[0] in seen or scope(where[0]) != "public":
+                at = network.remote_addresses(peer, dialled=True)
+                if not at or at[0][0] in seen or scope(at[0][0]) != "public":
                     continue
                 address = await outside_address(network, peer, free.source)
                 if address is not None:
-                    seen[where[0]] = address
+                    seen[at[0][0]] = address
                 if len(seen) == 2:
                     break
     except OSError as error:

@@ -67,19 +67,15 @@ class RelayUse:
 
     def _known(self) -> dict[str, str]:
         """Connected peers that relay, and where others reach them; in random order."""
-        host = self.circuits.network.host
+        network = self.circuits.network
         found = {}
-        for peer in sorted(self.circuits.network.peers()):
+        for peer in sorted(network.peers()):
             peer_id = ID.from_base58(peer)
-            if HOP not in protocols(host, peer_id):
+            if HOP not in protocols(network.host, peer_id):
                 continue
-            at = {
-                str(address[0])
-                for conn in host.get_network().get_connections(peer_id)
-                if not conn.is_closed and (address := conn.muxed_conn.get_remote_address())
-            }
+            at = {host for host, _ in network.remote_addresses(peer)}
             try:
-                addrs = map(str, host.get_peerstore().addrs(peer_id))
+                addrs = map(str, network.host.get_peerstore().addrs(peer_id))
             except PeerStoreError:
                 continue
             best = _best_untrusted(addrs, at)
