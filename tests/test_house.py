@@ -50,6 +50,7 @@ RANKS: dict[str, int] = {
     "omnistore.net.holepunch": 1,
     "omnistore.net.interface": 1,
     "omnistore.net.muxing": 1,
+    "omnistore.net.pauses": 1,
     "omnistore.net.reachability": 1,
     "omnistore.net.records": 1,
     "omnistore.net.relay_choice": 1,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from omnistore.errors import RemoteProtocolError
+from omnistore.net.pauses import Pauses
 from omnistore.net.reachability import Scope, scope
 
 ROUNDS: Final = 3
@@ -129,12 +130,11 @@ def targets_untrusted(addrs: Iterable[str], seen_at: Scope) -> tuple[str, ...]:
 class Throttle:
     """Who was tried lately."""
 
-    _again: dict[str, float] = field(default_factory=dict)
+    _pauses: Pauses = field(default_factory=Pauses)
 
     def may(self, peer: str, now: float) -> bool:
         """Whether to try that peer now; if so, it counts as tried."""
-        self._again = {other: when for other, when in self._again.items() if when > now}
-        if peer in self._again:
+        if not self._pauses.may(peer, now):
             return False
-        self._again[peer] = now + PAUSE
+        self._pauses.pause(peer, PAUSE, now)
         return True

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 
+from omnistore.net.pauses import Pauses
+
 NEEDED: Final = 3
 """Networks that must agree before anything is believed."""
 WANTED: Final = 4
@@ -103,8 +105,7 @@ class Votes:
     """The votes that count, and whom to ask next."""
 
     _votes: dict[str, Vote] = field(default_factory=dict)
-    _again: dict[str, float] = field(default_factory=dict)
-    """When a peer may be asked again."""
+    _asked: Pauses = field(default_factory=Pauses)
 
     def cast(self, peer: str, vote: Vote) -> None:
         """A peer answered; its earlier vote is void. What this machine says of itself is no vote."""
@@ -117,20 +118,19 @@ class Votes:
 
     def asked(self, peer: str, now: float, *, answered: bool) -> None:
         """A peer was asked: not again for a while, longer if it answered."""
-        self._again[peer] = now + (RENEW if answered else AGAIN)
+        self._asked.pause(peer, RENEW if answered else AGAIN, now)
 
     def clear(self) -> None:
         """Our addresses changed: everything is open again."""
         self._votes.clear()
-        self._again.clear()
+        self._asked.clear()
 
     def to_ask(self, connected: Mapping[str, str], now: float) -> list[str]:
         """Who of `connected` (peer to IP address) to ask now, in its order; one of each network.
 
         Nobody while enough votes are fresh and agree.
         """
-        self._again = {peer: when for peer, when in self._again.items() if when > now}
-        free = {peer: host for peer, host in connected.items() if peer not in self._again}
+        free = {peer: host for peer, host in connected.items() if self._asked.may(peer, now)}
         outside = any(scope(host) == "public" for host in free.values())
         where: Scope = "public" if outside or self._scope(now) == "public" else "private"
         fresh = {

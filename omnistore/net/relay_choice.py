@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from omnistore.net.pauses import Pauses
 from omnistore.net.reachability import State
 
 MOST: Final = 2
@@ -34,11 +35,11 @@ class Change:
 class RelayChoice:
     """Remembers who failed."""
 
-    _again: dict[str, float] = field(default_factory=dict)
+    _failed: Pauses = field(default_factory=Pauses)
 
     def failed(self, relay: str, now: float) -> None:
         """A relay refused, or its connection was lost for good."""
-        self._again[relay] = now + AGAIN
+        self._failed.pause(relay, AGAIN, now)
 
     def change(self, state: State, held: Collection[str], known: Sequence[str], now: float) -> Change:
         """What to take and drop; `held` are those in use, `known` those that could be."""
@@ -46,6 +47,5 @@ class RelayChoice:
             return Change(drop=tuple(held))
         if state == "unknown":
             return Change()
-        self._again = {relay: when for relay, when in self._again.items() if when > now}
-        free = [relay for relay in dict.fromkeys(known) if relay not in held and relay not in self._again]
+        free = [relay for relay in dict.fromkeys(known) if relay not in held and self._failed.may(relay, now)]
         return Change(take=tuple(free[: max(0, MOST - len(held))]))
