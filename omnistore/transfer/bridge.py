@@ -84,13 +84,29 @@ class Origin(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class Knowledge:
+    """How much is known of what lies where: shared by the streams of one fetch."""
+
+    resolved: bool = False
+    """Whether nothing more will be: the place of every block is known."""
+    more: trio.Event = field(default_factory=trio.Event)
+    """Set, and replaced, whenever more is known."""
+
+    def grew(self, *, resolved: bool = False) -> None:
+        """More is known: parts asked about before may be told of now."""
+        self.resolved |= resolved
+        self.more.set()
+        self.more = trio.Event()
+
+
 class OriginStream:
     """One stream to a source: a `net.interface.Stream`."""
 
-    def __init__(self, origin: Origin, resolved: trio.Event) -> None:
+    def __init__(self, origin: Origin, knowledge: Knowledge) -> None:
         self.peer = origin.peer
         self._origin = origin
-        self._resolved = resolved
+        self._knowledge = knowledge
         self._decoder = Decoder(REQUESTER)
         self._queue = RangeQueue()
         self._cids: dict[int, CID] = {}
@@ -102,7 +118,7 @@ class OriginStream:
         self._news = trio.Event()
         """Something can be received."""
         self._asked = trio.Event()
-        """Something can be requested."""
+        """Something was asked for. Set, and replaced, each time."""
         self._held = 0
         """Bytes that arrived and were not received."""
         self._drained = trio.Event()
@@ -123,7 +139,8 @@ class OriginStream:
                         self._say(Missing(gone))
                 case Have(parts):
                     self._parts += parts
-        self._wake()
+        self._asked.set()
+        self._asked = trio.Event()
 
     def _want(self, first: int, links: Sequence[CID]) -> None:
         missing = []
@@ -198,10 +215,6 @@ class OriginStream:
 
     # --- the source's end -------------------------------------------------------------------
 
-    def look_again(self) -> None:
-        """More is known of what lies where: parts asked about before may be told of now."""
-        self._wake()
-
     async def run(self) -> None:
         """Make requests until reset or at fault."""
         with self._scope:
@@ -237,14 +250,14 @@ class OriginStream:
                 return
 
     async def _answer_queries(self) -> None:
-        """Say what is held: of each part at once if that is known, or when the headers are read."""
+        """Say what is held: of each part at once if that is known, or as soon as it is."""
         while True:
             self._parts = [part for part in self._parts if not self._tell(part)]
             if not self._parts:
                 await self._asked.wait()
                 continue
             with trio.move_on_after(PLACES_PATIENCE) as waiting:
-                await self._resolved_or_asked()
+                await self._more_or_asked()
             if waiting.cancelled_caught:
                 for part in self._parts:
                     self._say(Holds(part, None))
@@ -252,28 +265,24 @@ class OriginStream:
 
     def _tell(self, part: CID) -> bool:
         bitmap = self._origin.bitmap(part)
-        if bitmap is None and not self._resolved.is_set():
+        if bitmap is None and not self._knowledge.resolved:
             return False
         self._say(Holds(part, bitmap))
         return True
 
-    async def _resolved_or_asked(self) -> None:
+    async def _more_or_asked(self) -> None:
         async with trio.open_nursery() as nursery:
 
             async def wait_for(event: trio.Event) -> None:
                 await event.wait()
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(wait_for, self._resolved)
+            nursery.start_soon(wait_for, self._knowledge.more)
             nursery.start_soon(wait_for, self._asked)
 
     def _say(self, message: Message) -> None:
         self._out.append(encode(message))
         self._news.set()
-
-    def _wake(self) -> None:
-        self._asked.set()
-        self._asked = trio.Event()
 
     def begin(self, ask: int, size: int) -> Delivery:
         """The first byte of a block arrived."""

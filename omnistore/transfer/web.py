@@ -25,7 +25,7 @@ from omnistore.cid import CID
 from omnistore.errors import BadConfig, LocalProtocolError, PeerUnreachable, RemoteProtocolError
 from omnistore.manifest import Manifest, Part
 from omnistore.net.interface import Network, Provider, Stream, StreamServer
-from omnistore.transfer.bridge import Delivery, Origin, OriginStream
+from omnistore.transfer.bridge import Delivery, Knowledge, Origin, OriginStream
 from omnistore.transfer.hints import Mirror
 from omnistore.transfer.outside import PublicTransport
 from omnistore.transfer.ranges import (
@@ -352,9 +352,7 @@ class WebSources:
         self._hinted: dict[str, Mirror] = {}
         """Mirrors that peers named."""
         self._sources: dict[str, Origin] = {}
-        self._streams: set[OriginStream] = set()
-        """Those that run."""
-        self._resolved = trio.Event()
+        self._knowledge = Knowledge()
         self._ready = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._client: httpx.AsyncClient | None = None
@@ -389,8 +387,7 @@ class WebSources:
         for url in self._mirrors.values():
             file_urls(url, [entry.name for entry in manifest.files])
         # Parts are asked about as soon as they are named, and a gateway has them once their links are known.
-        for stream in self._streams:
-            stream.look_again()
+        self._knowledge.grew()
 
     def has(self, peer: str) -> bool:
         """Whether a name among the peers is one of these sources."""
@@ -405,7 +402,7 @@ class WebSources:
     def resolve(self, placements: Sequence[Placement]) -> None:
         """Take in where every block lies."""
         self.where.resolve(placements)
-        self._resolved.set()
+        self._knowledge.grew(resolved=True)
 
     # --- the network ------------------------------------------------------------------------
 
@@ -429,18 +426,11 @@ class WebSources:
         await self._ready.wait()
         source = self._source(provider.peer)
         await trio.sleep_until(max(source.not_before, trio.current_time()))
-        stream = OriginStream(source, self._resolved)
+        stream = OriginStream(source, self._knowledge)
         if self._nursery is None:
             raise LocalProtocolError("a source was asked before it was run")
-        self._nursery.start_soon(self._run, stream)
+        self._nursery.start_soon(stream.run)
         return stream
-
-    async def _run(self, stream: OriginStream) -> None:
-        self._streams.add(stream)
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
 
     def _source(self, peer: str) -> Origin:
         """One source, kept over its streams: it remembers when it may be asked again."""
