@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -175,8 +174,13 @@ class Circuits:
         await delimited.send(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.Status.OK))
         addr = Multiaddr(f"/p2p/{ID.from_base58(stream.peer)}{CIRCUIT}")
         raw = CircuitConnection(stream, initiator=False, addr=addr)
-        with suppress(ConnectionEnded):
+        try:
             await self.network.host.get_network().upgrade_inbound_raw_conn(raw, addr)
+        except ConnectionEnded:
+            return
+        except Exception as error:  # noqa: BLE001  # upstream raises anything; it is one connection that ended
+            logger.debug("a connection through the relay %s ended: %r", stream.peer, error)
+            await stream.reset()
 
     def _set(self, relay: str, addr: str | None) -> None:
         before = dict(self.reserved)

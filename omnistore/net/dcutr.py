@@ -110,7 +110,7 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
 
     async def run(self) -> None:
         """Look after every relayed connection, for ever."""
-        self.network.serve(PROTOCOL, self._answer)
+        self.network.serve(PROTOCOL, self._serve)
         swarm = self.network.host.get_network()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -212,8 +212,15 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
 
     # --- who answers ------------------------------------------------------------------------
 
-    async def _answer(self, stream: Stream) -> None:
+    async def _serve(self, stream: Stream) -> None:
         assert isinstance(stream, Libp2pStream)
+        try:
+            await self._answer(stream)
+        except (trio.TooSlowError, OSError) as error:
+            logger.info("%s asked for a direct connection: %r", stream.peer, error)
+            await stream.reset()
+
+    async def _answer(self, stream: Libp2pStream) -> None:
         if not stream.relayed or self.network.is_direct(stream.peer):
             return
         conn = stream.raw.muxed_conn

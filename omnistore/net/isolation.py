@@ -45,7 +45,7 @@ def isolate_streams(swarm: Any) -> None:
             logger.info("stream of %s ended: %s", peer, error)
             await abort(stream)
         except Exception as error:  # a fault in one stream must never reach the host
-            # Upstream's own servers raise on every disconnect; ours are bugs, and debug shows where.
+            # Upstream's own servers raise on every disconnect; of ours `Libp2pNetwork.serve` has warned.
             logger.debug("stream of %s failed", peer, exc_info=error)
             await abort(stream)
         finally:

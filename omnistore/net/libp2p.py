@@ -30,7 +30,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from omnistore.errors import BadConfig, OmniError, PeerUnreachable
+from omnistore.errors import BadConfig, LocalProtocolError, OmniError, PeerUnreachable
 from omnistore.keys import PrivateKey
 from omnistore.net import dialing, negotiation, private
 from omnistore.net.addresses import (
@@ -257,7 +257,11 @@ class Libp2pNetwork:
             stream = Libp2pStream(raw, str(raw.muxed_conn.peer_id), self.host.get_network())
             try:
                 await server(stream)
-            except BaseException:
+            except BaseException as error:
+                if _is_bug(error):
+                    logger.warning(
+                        "a bug ended a stream of %s from %s", protocol, stream.peer, exc_info=error
+                    )
                 await stream.reset()
                 raise
             await stream.aclose()
@@ -415,6 +419,12 @@ def _translated(what: str) -> Iterator[None]:
         # The library dumps its state over several lines.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise PeerUnreachable(f"{what}: {reason}") from error
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Whether a server of ours should not have raised this, whatever its peer did."""
+    expected = isinstance(error, OmniError) and not isinstance(error, LocalProtocolError)
+    return isinstance(error, Exception) and not expected
 
 
 def _peer_untrusted(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import secrets
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from omnistore.errors import BadConfig, PeerUnreachable
+from omnistore.errors import BadConfig, LocalProtocolError, PeerUnreachable, RemoteProtocolError
 from omnistore.keys import PrivateKey
 from omnistore.net import frames
 from omnistore.net.interface import Provider, Stream
@@ -392,6 +393,35 @@ async def test_wildcards_become_addresses_that_can_be_dialled(network: Libp2pNet
         assert all("/0.0.0.0/" not in addr and "/tcp/0/" not in addr for addr in addrs)
         loopback = next(addr for addr in addrs if addr.startswith("/ip4/127.0.0.1/"))
         assert await network.connect(loopback) == wide.peer_id
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (RuntimeError("a bug"), ["WARNING"]),
+        (LocalProtocolError("said out of turn"), ["WARNING"]),
+        (RemoteProtocolError("nonsense"), []),
+        (PeerUnreachable("gone"), []),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_bug_in_a_server_is_told_and_what_its_peer_did_is_not(
+    raised: Exception, told: list[str], network: Libp2pNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "omnistore")
+
+    async def server(stream: Stream) -> None:
+        await stream.receive_some(1)
+        raise raised
+
+    async with opened() as other:
+        other.serve("/test/raises", server)
+        stream = await network.open_stream(Provider(await network.connect(other.addrs()[0])), "/test/raises")
+        await stream.send_all(b"x")
+        with pytest.raises(PeerUnreachable), trio.fail_after(5):
+            await stream.receive_exactly(1)
+    assert [record.levelname for record in caplog.records] == told
 
 
 @pytest.mark.trio
