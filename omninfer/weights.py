@@ -18,6 +18,7 @@ from omnistore.net.interface import ContentRouting, Network, Provider
 from omnistore.store.interface import Store
 from omnistore.transfer.client import FetchOptions, FetchProgress, fetch_model
 from omnistore.transfer.rate import TokenBucket
+from omnistore.transfer.window import LIMITS, SessionLimits
 
 Progressed: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -33,10 +34,12 @@ class NetworkWeights:
         routing: ContentRouting | None,
         store: Store,
         download: TokenBucket | None = None,
+        limits: SessionLimits = LIMITS,
     ) -> None:
-        """`download`: the node's cap on what it fetches."""
+        """`download`, `limits`: the node's cap on what it fetches, and what each fetch keeps to."""
         self._network = network
         self._download = download
+        self._limits = limits
         self._routing = routing
         self._store = store
         self._assembling = trio.Lock()
@@ -61,7 +64,7 @@ class NetworkWeights:
             def told(state: FetchProgress) -> None:
                 progress(state.done, state.total)
 
-            options = FetchOptions(choose, peers, download=self._download)
+            options = FetchOptions(choose, peers, limits=self._limits, download=self._download)
             report = await fetch_model(self._network, self._routing, self._store, model, options, told)
             return report.bytes_fetched
 

@@ -124,6 +124,51 @@ class Config:
         "Most bytes a fetch has asked for and not received: a gigabit a second times half a second.",
         low=1 << 20, high=1 << 32,
     )  # fmt: skip
+    patience: float = setting(
+        60.0, "seconds",
+        "How long a fetch that has peers goes on without one verified block. A block takes that long at"
+        " 17 kB/s.",
+        low=1, high=86400,
+    )  # fmt: skip
+    lonely: float = setting(
+        30.0, "seconds", "How long a fetch waits for somebody who holds what is missing.", low=1, high=86400
+    )
+    peers: int = setting(
+        32, "count", "Peers that a fetch asks at once; more make it no faster, and each costs a stream.",
+        low=1, high=1000,
+    )  # fmt: skip
+    dial_timeout: float = setting(
+        10.0, "seconds", "How long connecting to a peer may take, all its addresses together.",
+        low=1, high=300,
+    )  # fmt: skip
+    connections: int = setting(
+        512, "count",
+        "Most connections to peers; each takes a descriptor, two sockets' buffers and three tasks. What is"
+        " beyond is refused.",
+        low=16, high=100_000,
+    )  # fmt: skip
+    streams: int = setting(
+        256, "count",
+        "Requesters served at once, at some 64 KiB each; in a full house those make room that nobody misses.",
+        low=4, high=10_000,
+    )  # fmt: skip
+    serve_memory: int = setting(
+        64 << 20, "bytes",
+        "Most memory for blocks read and not yet sent, all requesters together: half a second of a gigabit.",
+        low=8 << 20, high=1 << 36,
+    )  # fmt: skip
+    serve_peer_memory: int = setting(
+        16 << 20, "bytes", "The same of one requester, once it has shown that it reads.",
+        low=2 << 20, high=1 << 36,
+    )  # fmt: skip
+    dht_keys: int = setting(
+        50_000, "count",
+        "Keys under which others may leave a seed word of who holds what; each takes about 1 KiB of memory.",
+        low=100, high=10**7,
+    )  # fmt: skip
+    http_connections: int = setting(
+        128, "count", "Connections to the gateway (http) at once.", low=1, high=10_000
+    )
     busy_timeout: float = setting(
         30.0, "seconds",
         "How long to wait for another process's write to the index before giving up. A commit takes"

@@ -35,7 +35,9 @@ from omnistore.transfer.bitswap_server import serve_bitswap
 from omnistore.transfer.hinting import serve_hints
 from omnistore.transfer.pacing import Pacer
 from omnistore.transfer.rate import TokenBucket
+from omnistore.transfer.serve import ServeLimits
 from omnistore.transfer.server import ServeEvent, serve_transfer
+from omnistore.transfer.window import LIMITS, FlowLimits, SessionLimits
 
 if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node starts
     from omnistore.net.autonat import Autonat, DialBackServer
@@ -129,6 +131,8 @@ class Node:
     """`network` for the transfer protocol, counted."""
     upload: Pacer = field(default_factory=lambda: Pacer(None))
     """The cap on blocks sent, which everything that sends some heeds."""
+    limits: SessionLimits = LIMITS
+    """Of every fetch of this node."""
     download: TokenBucket | None = None
     """The cap on blocks fetched, for every `FetchOptions.download` of this node."""
     relay: Relay | None = None
@@ -189,12 +193,20 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
         parse_dialable_untrusted(addr)
     key = load_key(config.home)
     swarm = membership(config.home)
-    network_options = NetworkOptions(announce=tuple(options.announce), psk=swarm.psk if swarm else None)
+    network_options = NetworkOptions(
+        announce=tuple(options.announce),
+        connections=config.connections,
+        dial_deadline=config.dial_timeout,
+        psk=swarm.psk if swarm else None,
+    )
+    namespaces = {NAMESPACE: NameRules()}
     store = await trio.to_thread.run_sync(FileStore, config)
     try:
         async with (
             open_network(key, options.listen, network_options) as network,
-            open_kademlia(network, server=options.server, namespaces={NAMESPACE: NameRules()}) as kademlia,
+            open_kademlia(
+                network, server=options.server, namespaces=namespaces, keys=config.dht_keys
+            ) as kademlia,
             trio.open_nursery() as nursery,
         ):
             routing = DHTService(
@@ -209,13 +221,14 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
                 options,
                 MeteredNetwork(network),
                 Pacer(config.up_limit),
+                session_limits(config),
             )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
             _punch(node)
             _autonat(node)
             _relay(node)
-            await nursery.start(_serve, node)
+            await nursery.start(_serve, node, _serve_limits(config))
             nursery.start_soon(serve_hints, node.meter, node.store)
             if options.server:
                 nursery.start_soon(_serve_bitswap, node)
@@ -232,6 +245,20 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             nursery.cancel_scope.cancel()
     finally:
         store.close()
+
+
+def session_limits(config: Config) -> SessionLimits:
+    """What every fetch of this home keeps to."""
+    return SessionLimits(
+        flow=FlowLimits(ceiling=config.window),
+        peers=config.peers,
+        patience=config.patience,
+        lonely=config.lonely,
+    )
+
+
+def _serve_limits(config: Config) -> ServeLimits:
+    return ServeLimits(streams=config.streams, ahead=config.serve_peer_memory, memory=config.serve_memory)
 
 
 def _ways(config: Config, options: NodeOptions) -> Ways:
@@ -303,11 +330,12 @@ async def _serve_bitswap(node: Node) -> None:
     await serve_bitswap(node.meter, node.store, node.upload, events=node.options.on_event)
 
 
-async def _serve(node: Node, task_status: Any) -> None:
+async def _serve(node: Node, limits: ServeLimits, task_status: Any) -> None:
     await serve_transfer(
         node.meter,
         node.store,
         events=node.options.on_event,
+        limits=limits,
         pacer=node.upload,
         task_status=task_status,
     )

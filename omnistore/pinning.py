@@ -31,7 +31,7 @@ from omnistore.transfer.client import (
 )
 from omnistore.transfer.ranges import check_url
 from omnistore.transfer.rate import TokenBucket
-from omnistore.transfer.window import FlowLimits, SessionLimits
+from omnistore.transfer.window import LIMITS, SessionLimits
 
 Document: TypeAlias = dict[str, Any]
 """What JSON can say."""
@@ -69,14 +69,14 @@ class PinRequest:
     hints: bool = False
     """Whether mirrors are asked that peers name."""
 
-    def options(self, window: int) -> FetchOptions:
-        """The same for `fetch_model`; `window` in bytes."""
+    def options(self, limits: SessionLimits) -> FetchOptions:
+        """The same for `fetch_model`."""
         select = every_part if self.layers is None else partial(parse_parts, self.layers)
         return FetchOptions(
             select,
             self.peers,
             self.output,
-            SessionLimits(flow=FlowLimits(ceiling=window)),
+            limits,
             mirrors=self.mirrors,
             gateways=self.gateways,
             signer=self.signer,
@@ -154,8 +154,8 @@ class Site:
     network: Network
     routing: ContentRouting | None
     store: Store
-    window: int
-    """`Config.window`."""
+    limits: SessionLimits
+    """As the configuration has them."""
     download: TokenBucket | None = None
     """The node's cap on what it fetches."""
     hints: bool = False
@@ -168,12 +168,12 @@ def is_here(store: Store, request: PinRequest) -> bool:
         status = store.status(request.cid)
     except BlockMissing:
         return False
-    return set(request.options(1 << 20).select(status.model.manifest)) <= status.complete
+    return set(request.options(LIMITS).select(status.model.manifest)) <= status.complete
 
 
 def offline(store: Store) -> Site:
     """The place for what `is_here`."""
-    return Site(Offline(), None, store, 1 << 20)
+    return Site(Offline(), None, store, LIMITS)
 
 
 async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], None]) -> None:
@@ -189,7 +189,7 @@ async def run_pin(site: Site, request: PinRequest, tell: Callable[[Document], No
             told_at = trio.current_time()
             tell(_progress(now))
 
-    options = request.options(site.window)
+    options = request.options(site.limits)
     options = replace(options, download=site.download, hints=request.hints or site.hints)
     report = await fetch_model(site.network, site.routing, site.store, request.cid, options, progressed)
     tell(_done(report))

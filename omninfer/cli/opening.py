@@ -218,7 +218,7 @@ async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
         store_config, NodeOptions(bootstrap=store_config.bootstrap, alone_ok=bool(others))
     ) as node:
         routing = node.routing if store_config.bootstrap else None
-        weights = NetworkWeights(node.network, routing, node.store, node.download)
+        weights = NetworkWeights(node.network, routing, node.store, node.download, node.limits)
         await weights.fetch(cid, header_parts, providers)
         labels = Labels(load_key(store_config.home).seed)
         site = Site(node.network, routing, node.store, weights, labels)

@@ -42,6 +42,8 @@ def _told(name: str, described: Setting, value: Value, default: Value, source: s
     reason = textwrap.fill(described.reason, 100, initial_indent="# ", subsequent_indent="# ")
     assigned = f"{name} = {written(described, value)}"
     beside = allowed_range(described)
+    if beside != described.unit:
+        beside = f"{described.unit}, {beside}"
     if source == "default":
         return f"\n{reason}\n# {assigned}  # default; {beside}"
     line = source.rpartition(os.sep)[2]

@@ -112,9 +112,7 @@ async def _fetch(settings: Config, request: PinRequest, watched: Watched) -> Non
     )
     async with open_node(settings, joining) as node:
         routing = node.routing if settings.bootstrap or untold else None
-        await run_pin(
-            Site(node.network, routing, node.store, settings.window, node.download), request, watched
-        )
+        await run_pin(Site(node.network, routing, node.store, node.limits, node.download), request, watched)
 
 
 @dataclass(slots=True)

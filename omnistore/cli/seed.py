@@ -182,11 +182,13 @@ async def _answer_http(daemon: Daemon) -> list[str]:
         return []
     from omnistore.http.gateway import gateway
     from omnistore.http.local import public_app
-    from omnistore.http.server import addresses, open_tcp, parse_address, serve_http
+    from omnistore.http.server import HTTPLimits, addresses, open_tcp, parse_address, serve_http
 
     listeners = await open_tcp(*parse_address(address))
     app = public_app(daemon, gateway(node.store, node.upload))
-    node.nursery.start_soon(serve_http, app, listeners)
+    node.nursery.start_soon(
+        serve_http, app, listeners, HTTPLimits(connections=daemon.settings.http_connections)
+    )
     return [f"http://{where}" for where in addresses(listeners)]
 
 

@@ -89,7 +89,7 @@ class Daemon:
     def site(self) -> Site:
         """Where its pins run."""
         return Site(
-            self.meter, self.node.routing, self.node.store, self.settings.window, self.node.download,
+            self.meter, self.node.routing, self.node.store, self.node.limits, self.node.download,
             self.settings.mirrors,
         )  # fmt: skip
 

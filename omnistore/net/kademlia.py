@@ -209,11 +209,12 @@ class KademliaNode:
 
 @asynccontextmanager
 async def open_kademlia(
-    network: Libp2pNetwork, *, server: bool, namespaces: Namespaces | None = None
+    network: Libp2pNetwork, *, server: bool, namespaces: Namespaces | None = None, keys: int = MAX_KEYS
 ) -> AsyncIterator[KademliaNode]:
     """Join the DHT until the block ends; a `server` keeps records for others and answers them.
 
-    `namespaces` are the rules for values; those of others are refused.
+    `namespaces` are the rules for values; those of others are refused. `keys`: that others may leave
+    provider records for.
     """
     host = network.host
     rules = namespaces or {}
@@ -228,7 +229,7 @@ async def open_kademlia(
     dht._inbound_limiter = trio.CapacityLimiter(STREAMS)
     admit_own(dht.routing_table, host)
     dht.add_peer = _add_known_server(host, dht.routing_table)
-    _bound_keys(dht.provider_store)
+    _bound_keys(dht.provider_store, keys)
     node = KademliaNode(network, dht, rules)
     async with background_trio_service(dht), trio.open_nursery() as nursery:
         watch = _Arrivals(nursery, node)
@@ -297,12 +298,12 @@ def _add_known_server(host: Any, table: Any) -> Any:
     return add_peer
 
 
-def _bound_keys(store: Any) -> None:
-    """Take no new keys beyond `MAX_KEYS`; upstream would take any number."""
+def _bound_keys(store: Any, most: int) -> None:
+    """Take no new keys beyond `most`; upstream would take any number."""
     add: Callable[[bytes, Any], None] = store.add_provider
 
     def add_bounded(key: bytes, provider: Any) -> None:
-        if key in store.providers or len(store.providers) < MAX_KEYS:
+        if key in store.providers or len(store.providers) < most:
             add(key, provider)
 
     store.add_provider = add_bounded

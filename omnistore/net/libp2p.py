@@ -50,8 +50,6 @@ from omnistore.net.yamux import Liveness
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 512
-"""Connections at once; each costs two sockets' buffers and three tasks."""
 ADDRESS_TTL: Final = 3600
 """Seconds that an address we were given is remembered."""
 RECEIVE_SIZE: Final = 1 << 20
@@ -66,6 +64,8 @@ class NetworkOptions:
 
     announce: tuple[str, ...] = ()
     """Multiaddrs to hand out first, as seen from outside (a forwarded port, a DNS name)."""
+    connections: int = 512
+    """Connections at once; each costs two sockets' buffers and three tasks."""
     dial_deadline: float = 10.0
     """Seconds to connect to a peer, all its addresses together."""
     open_deadline: float = 10.0
@@ -337,8 +337,8 @@ def _new_host(
         connection_config=ConnectionConfig(
             min_connections=0,
             low_watermark=0,
-            high_watermark=MAX_CONNECTIONS,
-            max_connections=MAX_CONNECTIONS,
+            high_watermark=options.connections,
+            max_connections=options.connections,
             outbound_stream_protocol_negotiation_timeout=math.ceil(options.open_deadline),
         ),
     )

@@ -22,7 +22,7 @@ from blake3 import blake3
 from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.transfer import events as e
 from omnistore.transfer.demand import Wanted
-from omnistore.transfer.messages import Cancel, Have, Want
+from omnistore.transfer.messages import Cancel, Error, Have, Want
 from omnistore.transfer.serve import FindHeld, Serving
 from omnistore.transfer.session import Session
 
@@ -221,6 +221,7 @@ class Crowd:
 
     def _told(self, stream: _Stream, message: Want | Cancel | Have) -> None:
         reply = stream.server.serving.receive_untrusted(stream.number, message)
+        assert not isinstance(reply, Error), "the requester asks for no more than it may"
         if reply is not None:
             self._at(self.model.delay, partial(self._missing, stream, reply.asks))
         self._work(stream.server)

@@ -22,7 +22,7 @@ from blake3 import blake3
 from omnistore.cid import CID, DAG_CBOR, RAW
 from omnistore.transfer import events as e
 from omnistore.transfer.demand import Wanted
-from omnistore.transfer.messages import Cancel, Have, Want
+from omnistore.transfer.messages import Cancel, Error, Have, Want
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.serve import FindHeld, ReadBlocks, Serving
 from omnistore.transfer.session import Session
@@ -290,6 +290,7 @@ class Simulation:
     def _receive(self, peer: _Peer, message: Want | Cancel | Have) -> None:
         assert peer.stream is not None
         reply = peer.serving.receive_untrusted(peer.stream, message)
+        assert not isinstance(reply, Error), "the requester asks for no more than it may"
         if reply is not None:
             self._later(peer, peer.model.delay, lambda: self._missing(peer, reply.asks))
         self._work(peer)

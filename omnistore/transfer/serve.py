@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 from omnistore.block import BLOCK_SIZE, MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
-from omnistore.transfer.messages import Cancel, FromRequester, Have, Hello, Missing, Want
+from omnistore.transfer.messages import Cancel, Error, FromRequester, Have, Hello, Missing, Want
 from omnistore.transfer.outflow import Given, Outflow
 
 
@@ -195,19 +195,22 @@ class Serving:
         found, self._ended = self._ended, []
         return found
 
-    def receive_untrusted(self, stream: int, message: FromRequester) -> Missing | None:
-        """Take in a message; what to answer at once. Raises `RemoteProtocolError`: end the stream."""
+    def receive_untrusted(self, stream: int, message: FromRequester) -> Missing | Error | None:
+        """Take in a message; what to answer at once.
+
+        An `Error` (more was asked than the hello allows), and a `RemoteProtocolError` raised, end the stream.
+        """
         line = self._line(stream)
         was_idle = line.idle
-        reply = None
+        reply: Missing | Error | None = None
         match message:
             case Want(first, links):
-                self._want(line, first, links)
+                reply = self._want(line, first, links)
             case Cancel(asks):
                 reply = self._cancel(line, asks)
             case Have(parts):
                 if line.open_queries + len(parts) > self.limits.queries:
-                    raise RemoteProtocolError(f"over {self.limits.queries} parts asked about at once")
+                    return Error("over-asked", f"over {self.limits.queries} parts asked about at once")
                 line.open_queries += len(parts)
                 for part in parts:
                     self._query(line, part)
@@ -424,11 +427,11 @@ class Serving:
         self._turns.remove(stream)
         self._turns.append(stream)
 
-    def _want(self, line: _Line, first: int, links: Sequence[CID]) -> None:
+    def _want(self, line: _Line, first: int, links: Sequence[CID]) -> Error | None:
         if first != line.next_ask:
             raise RemoteProtocolError(f"asks numbered from {first}; the next is {line.next_ask}")
         if line.unanswered + len(links) > self.limits.asks:
-            raise RemoteProtocolError(f"over {self.limits.asks} asks at once")
+            return Error("over-asked", f"over {self.limits.asks} asks at once")
         if len(line.ranked) > 2 * self.limits.asks:
             line.ranked = [entry for entry in line.ranked if entry[1] in line.asks]
             heapify(line.ranked)
@@ -437,6 +440,7 @@ class Serving:
             heappush(line.ranked, (self._given.times(cid), ask))
         line.next_ask += len(links)
         line.unanswered += len(links)
+        return None
 
     def _cancel(self, line: _Line, asks: Sequence[int]) -> Missing | None:
         line.cancels += len(asks)

@@ -111,10 +111,18 @@ class _Outlet:
     blocks: int = 0
     bytes: int = 0
     reason: str | None = None
+    told: bool = False
+    """Whether the requester was told the reason."""
 
     def put(self, message: FromServer, room: memoryview | None = None) -> None:
         """Have a message sent in its turn."""
         self.send.send_nowait((message, room))
+
+    def end(self, error: Error) -> None:
+        """Have the stream ended behind this, within `LAST_WORDS`."""
+        self.reason = self.reason or error.text
+        self.put(error)
+        self.scope.deadline = trio.current_time() + LAST_WORDS
 
 
 async def serve_transfer(
@@ -165,7 +173,7 @@ class _Server:
             async with trio.open_nursery() as nursery:
                 outlet.scope = nursery.cancel_scope
                 nursery.start_soon(self._send, stream, number, outlet, nursery.cancel_scope)
-                nursery.start_soon(self._watch, number, outlet, nursery.cancel_scope)
+                nursery.start_soon(self._watch, number, outlet)
                 await self._receive(stream, number, outlet)
                 # First: a reader that comes back from its thread must find no closed outlet.
                 del self.outlets[number]
@@ -178,37 +186,40 @@ class _Server:
             self.outlets.pop(number, None)
             self.lot.unpark_all()
             self.events(Served(stream.peer, outlet.blocks, outlet.bytes, outlet.reason))
-            await (stream.aclose() if outlet.reason is None else stream.reset())
+            # A reset could overtake the last word.
+            await (stream.aclose() if outlet.told or outlet.reason is None else stream.reset())
 
     def _end_ended(self) -> None:
         """End the streams that make room for others."""
         for number, reason in self.serving.ended():
             outlet = self.outlets.get(number)
-            if outlet is not None:
+            if outlet is not None and self.serving.owes(number):
+                # It takes in nothing: no word would reach it, and half a block may be on its way.
                 outlet.reason = outlet.reason or reason
                 outlet.scope.cancel()
+            elif outlet is not None:
+                outlet.end(Error("idle", reason))
 
     async def _receive(self, stream: Stream, number: int, outlet: _Outlet) -> None:
         """Take in what the requester says until it ends or breaks the protocol."""
         decoder = Decoder(REQUESTER)
-        code = "malformed"
         try:
             while data := await stream.receive_some(_RECEIVE):
                 outlet.active_at = trio.current_time()
-                code = "malformed"
-                messages = decoder.feed_untrusted(data)
-                code = "over-asked"
-                for message in messages:
+                for message in decoder.feed_untrusted(data):
                     if not isinstance(message, Want | Cancel | Have):
                         continue
                     reply = self.serving.receive_untrusted(number, message)
+                    if isinstance(reply, Error):
+                        _log.info("ending a stream of %s: %s", stream.peer, reply.text)
+                        outlet.end(reply)
+                        return
                     if reply is not None:
                         outlet.put(reply)
                 self.lot.unpark_all()
         except RemoteProtocolError as error:
-            outlet.reason = error.message
             _log.info("ending a stream of %s: %s", stream.peer, error)
-            outlet.put(Error(code, error.message[: LIMITS.text]))
+            outlet.end(Error("malformed", error.message[: LIMITS.text]))
         except PeerUnreachable as error:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
 
@@ -217,6 +228,9 @@ class _Server:
         try:
             async for message, room in outlet.receive:
                 await self._send_one(stream, number, outlet, message)
+                if isinstance(message, Error):
+                    outlet.told = True
+                    break
                 outlet.active_at = trio.current_time()
                 if isinstance(message, Deliver):
                     size = len(message.data)
@@ -256,13 +270,12 @@ class _Server:
             # Less than that may lie in buffers between us, whether or not it is read.
             outlet.slow = spent * BLOCK_SIZE > SLOW * len(data)
 
-    async def _watch(self, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
+    async def _watch(self, number: int, outlet: _Outlet) -> None:
         """End the stream when nothing has been asked for long."""
         while True:
             wait = outlet.active_at + IDLE_PATIENCE - trio.current_time()
             if wait <= 0 and not self.serving.owes(number):
-                outlet.reason = "idle"
-                scope.cancel()
+                outlet.end(Error("idle", f"nothing was asked for {IDLE_PATIENCE:.0f} s"))
                 return
             await trio.sleep(max(wait, 1.0))
 

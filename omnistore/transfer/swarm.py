@@ -49,8 +49,6 @@ _Unverified: TypeAlias = tuple[str, Wanted, memoryview]
 class SwarmLimits:
     """What one fetch may take of this machine."""
 
-    links: int = 32
-    """Peers asked at once; each costs a stream and some 200 KiB."""
     candidates: int = 256
     """Peers remembered; more would only be strangers' claims."""
     unverified: int = 12
@@ -140,7 +138,7 @@ class Swarm:
         self._links: dict[str, Link] = {}
         self._candidates: dict[str, Provider] = {}
         self._buffers = Buffers()
-        self._slots = trio.Semaphore(limits.links)
+        self._slots = trio.Semaphore(session.limits.peers)
         self._threads = trio.CapacityLimiter(2)
         channel = trio.open_memory_channel[_Unverified]
         # Without a bound of its own: a link that is dropped while it waits must leave its block here, or that

@@ -51,6 +51,8 @@ class SessionLimits:
     """The session's patience and generosity."""
 
     flow: FlowLimits = FLOW
+    peers: int = 32
+    """Asked at once: enough for any link, few enough to know each."""
     patience: float = 60.0
     """Seconds without one verified block after which a session with peers gives up."""
     lonely: float = 30.0
