@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
-from libp2p.abc import INotifee
 from libp2p.connection_types import ConnectionType
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
@@ -31,6 +30,7 @@ from omnistore.dht.records import peer_untrusted
 from omnistore.errors import NetworkError, OmniError, PeerUnreachable, ProtocolError
 from omnistore.net import delimited
 from omnistore.net.addresses import CIRCUIT, parse_untrusted
+from omnistore.net.arrivals import watching_arrivals
 from omnistore.net.holepunch import (
     AT_ONCE,
     Command,
@@ -89,7 +89,7 @@ class Ours:
 
 
 @dataclass(slots=True, eq=False)
-class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
+class HolePunching:
     """Makes relayed connections direct where that works. `run` it beside the network."""
 
     network: Libp2pNetwork
@@ -111,18 +111,13 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
     async def run(self) -> None:
         """Look after every relayed connection, for ever."""
         self.network.serve(PROTOCOL, self._serve)
-        swarm = self.network.host.get_network()
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            swarm.register_notifee(self)
-            try:
+        async with trio.open_nursery() as self._nursery:
+            with watching_arrivals(self.network.host.get_network(), self._arrived):
                 await trio.sleep_forever()
-            finally:
-                swarm.remove_notifee(self)
 
     # --- who begins -------------------------------------------------------------------------
 
-    async def connected(self, network: Any, conn: Any) -> None:
+    def _arrived(self, conn: Any) -> None:
         """A connection was made; one that came through a relay is worth a try."""
         if conn.get_connection_type() == ConnectionType.DIRECT or self._nursery is None:
             return
@@ -358,21 +353,6 @@ class HolePunching(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
         with FreePort(kind) as free:
             outside = await outside_address(self.network, relay, free.source)
             yield Ours(host, _addresses(host, free.source.port, outside, ()), {kind: free.source})
-
-    async def disconnected(self, network: Any, conn: Any) -> None:
-        """Of no interest here."""
-
-    async def opened_stream(self, network: Any, stream: Any) -> None:
-        """Of no interest here."""
-
-    async def closed_stream(self, network: Any, stream: Any) -> None:
-        """Of no interest here."""
-
-    async def listen(self, network: Any, multiaddr: Any) -> None:
-        """Of no interest here."""
-
-    async def listen_close(self, network: Any, multiaddr: Any) -> None:
-        """Of no interest here."""
 
 
 def _relay_of(conn: Any) -> str:

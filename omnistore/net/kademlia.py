@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.abc import INotifee
 from libp2p.kad_dht.common import format_time_rfc3339
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
@@ -37,6 +36,7 @@ from omnistore.dht.records import MAX_ADDRS, peers_untrusted
 from omnistore.dht.values import Namespaces, best_index, check_value_untrusted, sorted_values
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
 from omnistore.net.addresses import CIRCUIT
+from omnistore.net.arrivals import watching_arrivals
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.kad_protocol import PROTOCOL, OwnProtocolHost, admit_own, protocols
 from omnistore.net.libp2p import Libp2pNetwork
@@ -232,16 +232,15 @@ async def open_kademlia(
     _bound_keys(dht.provider_store, keys)
     node = KademliaNode(network, dht, rules)
     async with background_trio_service(dht), trio.open_nursery() as nursery:
-        watch = _Arrivals(nursery, node)
-        swarm = host.get_network()
-        swarm.register_notifee(watch)
-        for peer in host.get_connected_peers():
-            nursery.start_soon(node.meet, str(peer))
-        try:
+
+        def arrived(conn: Any) -> None:
+            nursery.start_soon(node.meet, str(conn.muxed_conn.peer_id))
+
+        with watching_arrivals(host.get_network(), arrived):
+            for peer in host.get_connected_peers():
+                nursery.start_soon(node.meet, str(peer))
             yield node
-        finally:
-            swarm.remove_notifee(watch)
-            nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
 
 
 class _Rules(NamespacedValidator):  # type: ignore[misc]  # libp2p is untyped to us
@@ -258,33 +257,6 @@ class _Rules(NamespacedValidator):  # type: ignore[misc]  # libp2p is untyped to
     def select(self, key: str, values: list[bytes]) -> int:
         """Which of several is right."""
         return best_index(self._namespaces, key.encode(), values)
-
-
-class _Arrivals(INotifee):  # type: ignore[misc]  # libp2p is untyped to us
-    """Meets every peer that connects, in tasks of the node's own."""
-
-    def __init__(self, nursery: trio.Nursery, node: KademliaNode) -> None:
-        self._nursery = nursery
-        self._node = node
-
-    async def connected(self, network: Any, conn: Any) -> None:
-        """A connection was made, by either side."""
-        self._nursery.start_soon(self._node.meet, str(conn.muxed_conn.peer_id))
-
-    async def disconnected(self, network: Any, conn: Any) -> None:
-        """Lookups find out for themselves."""
-
-    async def opened_stream(self, network: Any, stream: Any) -> None:
-        """Of no interest here."""
-
-    async def closed_stream(self, network: Any, stream: Any) -> None:
-        """Of no interest here."""
-
-    async def listen(self, network: Any, multiaddr: Any) -> None:
-        """Of no interest here."""
-
-    async def listen_close(self, network: Any, multiaddr: Any) -> None:
-        """Of no interest here."""
 
 
 def _add_known_server(host: Any, table: Any) -> Any:

@@ -19,7 +19,6 @@ from Crypto.Cipher import Salsa20
 from libp2p.network.connection.exceptions import RawConnError
 from libp2p.network.connection.raw_connection import RawConnection
 
-KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 24
 GREETING: Final = b"\x13/multistream/1.0.0\n"
 """The first bytes of each direction, once decrypted."""

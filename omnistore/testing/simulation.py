@@ -126,7 +126,6 @@ class Simulation:
         self._delivered: Counter[str] = Counter()
         self._uploaded: Counter[str] = Counter()
         self._most = 0
-        self._lied: set[str] = set()
         self.nodes = tuple(Wanted(_name(DAG_CBOR, "node", i), 64 << 10, False) for i in range(scenario.nodes))
         self.parts = [
             (
