@@ -127,13 +127,7 @@ async def generate(
     `generation`, when given, is filled instead of a new one; `constraint` says what may come next.
     Raises `InferenceError`, `InputError`.
     """
-    if not prompt:
-        raise InputError("the prompt is empty, and the model has no token to begin with")
-    if len(prompt) > source.context:
-        raise InputError(
-            f"the prompt has {len(prompt)} tokens, and the context has room for {source.context}",
-            remedy="Shorten the prompt, or raise --context as far as the model was made for.",
-        )
+    _check_prompt(prompt, source.context)
     result = generation or new_generation(prompt)
     sampler, stream, matcher = Sampler(params.sampling), tokenizer.stream(), StopMatcher(params.stops)
     history = list(prompt)
@@ -182,3 +176,13 @@ async def generate(
 def new_generation(prompt: Sequence[int]) -> Generation:
     """One that was interrupted before it began."""
     return Generation(tuple(prompt), [], "", "interrupted")
+
+
+def _check_prompt(prompt: Sequence[int], context: int) -> None:
+    if not prompt:
+        raise InputError("the prompt is empty, and the model has no token to begin with")
+    if len(prompt) > context:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and the context has room for {context}",
+            remedy="Shorten the prompt, or raise --context as far as the model was made for.",
+        )

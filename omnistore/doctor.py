@@ -1,8 +1,9 @@
 """What is wrong with this machine, home and network, and what to do about it (`omni doctor`).
 
 Every check looks at one thing and says what it found, or that it can not know: nothing is guessed,
-and nobody is dialled but through whom a node would join anyway. Other packages add checks by the entry
-point group `omni.checks`. Repairs nothing.
+and nobody is dialled but through whom a node would join anyway; a seed that runs on the home is asked
+instead, since a second node would go by its name. Other packages add checks by the entry point group
+`omni.checks`. Repairs nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import trio
 
 from omnistore.config import KEY_NAME, Config, load_key, make_home
 from omnistore.errors import BadConfig, NetworkError, OmniError, RemoteProtocolError, StoreFull
-from omnistore.http.client import running_seed
+from omnistore.http.client import LocalSeed, running_seed
 from omnistore.joining import Joined
 from omnistore.net.acquaintances import recall
 from omnistore.net.addresses import (
@@ -173,6 +174,8 @@ async def check_network(config: Config, *, listen: bool = False) -> Sequence[Fin
     With `listen` it listens meanwhile where a seed would, so that others can try whether they reach it.
     """
     seed = await running_seed(config.home)
+    if seed is not None:
+        return await _ask_seed(seed, config)
     if not (config.bootstrap or config.mdns or recall(config.home, time.time())):
         return [
             Finding(
@@ -187,7 +190,7 @@ async def check_network(config: Config, *, listen: bool = False) -> Sequence[Fin
             tries.append(event)
 
     options = NodeOptions(
-        listen=(config.listen or default_listen()) if listen and seed is None else (),
+        listen=(config.listen or default_listen()) if listen else (),
         bootstrap=config.bootstrap,
         announce=config.announce,
         lan=config.mdns,
@@ -208,6 +211,50 @@ async def check_network(config: Config, *, listen: bool = False) -> Sequence[Fin
     except OmniError as error:
         findings.append(problem("network", error))
     return findings
+
+
+async def _ask_seed(seed: LocalSeed, config: Config) -> list[Finding]:
+    """What the seed of this home, which runs, knows of the network."""
+    try:
+        status = await seed.get("/v1/status")
+        connected = {row["peer"] for row in await seed.get("/v1/peers") if row["connected"]}
+    except OmniError as error:
+        return [problem("network", error)]
+    findings = []
+    for addr in config.bootstrap:
+        if addr.rpartition("/p2p/")[2] in connected:
+            findings.append(Finding("bootstrap", "ok", f"the seed of this home is connected to {addr}"))
+        else:
+            text = f"the seed of this home is not connected to {addr}"
+            findings.append(
+                Finding("bootstrap", "warning", text, "Check that it runs, and that the seed was told of it.")
+            )
+    return [
+        *findings,
+        _seed_in_dht(len(connected), status["announcements"]),
+        _seed_nat(status["reachability"]),
+    ]
+
+
+def _seed_in_dht(peers: int, announcements: Mapping[str, int]) -> Finding:
+    if not peers:
+        return Finding(
+            "dht", "warning", "the seed of this home is connected to nobody",
+            "Run `omni seed` on another machine of this network, or name one in bootstrap.",
+        )  # fmt: skip
+    text = f"the seed of this home is connected to {peers} peer{'s' * (peers > 1)}"
+    if announcements["unconfirmed"] and not announcements["stored"]:
+        return Finding(
+            "dht", "warning", f"{text}, but none keeps what it announces",
+            "Check that they run `omni seed` of this version.",
+        )  # fmt: skip
+    return Finding("dht", "ok", f"{text}; {announcements['stored']} of its announcements were kept")
+
+
+def _seed_nat(found: Mapping[str, Any]) -> Finding:
+    if found["state"] == "unknown":
+        return Finding("nat", "unknown", found["text"])
+    return Finding("nat", "warning" if found["state"] == "private" else "ok", found["text"], found["remedy"])
 
 
 async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> list[Finding]:
@@ -235,7 +282,7 @@ async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> l
             *findings,
             Finding("nat", "unknown", "nobody is there to see this machine"),
         ]
-    nat = await _nat(node, config)
+    nat = await _nat(node)
     return [
         *findings,
         await _look_up(node),
@@ -257,13 +304,9 @@ async def _look_up(node: Node) -> Finding:
     return Finding("dht", "ok", f"{answered} nodes answered a look-up of a random key, in {took:.1f} s")
 
 
-async def _nat(node: Node, config: Config) -> Finding:
-    """Whether others can connect here: what they told the seed of this home, or tell this node now."""
-    seed = await running_seed(config.home)
-    if seed is not None:
-        told = (await seed.get("/v1/status"))["reachability"]
-        state, text, remedy = told["state"], told["text"], told["remedy"]
-    elif node.autonat is not None:
+async def _nat(node: Node) -> Finding:
+    """Whether others can connect here, as they tell this node now."""
+    if node.autonat is not None:
         with trio.move_on_after(NAT_PATIENCE):
             await node.autonat.ask_around()
         found = node.autonat.reachability

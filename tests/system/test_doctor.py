@@ -47,6 +47,19 @@ def test_a_healthy_node_and_its_seed(start_seed: StartSeed, tmp_path: Path) -> N
     assert any(name.startswith("engine") for name in found)
     code, found = doctor(tmp_path / "seed")
     assert (found["identity"][0]["text"], found["port"][0]["state"]) == (seed.peer_id, "ok")
+    assert found["dht"][0]["text"] == "the seed of this home is connected to nobody"
+
+
+def test_a_seed_that_runs_is_asked_and_gets_no_double(start_seed: StartSeed, tmp_path: Path) -> None:
+    other = start_seed(tmp_path / "other")
+    seed = start_seed(tmp_path / "seed", "--bootstrap", other.addr)
+    seed.event("joined", addr=other.addr)
+    gone = f"/ip4/127.0.0.1/tcp/1/p2p/{load_key(tmp_path / 'gone').public.peer_id}"
+    code, found = doctor(tmp_path / "seed", "--bootstrap", other.addr, "--bootstrap", gone)
+    assert code == 0, found
+    assert [one["state"] for one in found["bootstrap"]] == ["ok", "warning"]
+    assert found["dht"][0]["text"].startswith("the seed of this home is connected to 1 peer;")
+    assert found["nat"][0]["state"] == "unknown"
 
 
 def test_what_is_wrong_is_named_with_a_remedy(tmp_path: Path) -> None:
