@@ -8,29 +8,18 @@ command line builds a `Config` from the environment once and passes it on.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from omnistore.errors import BadConfig
 from omnistore.keys import SEED_SIZE, PrivateKey
-from omnistore.net.addresses import parse_dialable_untrusted, parse_untrusted
-from omnistore.settings import MAX_FILE, METADATA, Setting, parse_file_untrusted, setting
+from omnistore.settings import MAX_FILE, METADATA, Setting, Value, parse_file_untrusted, setting
 
 FILE_NAME: Final = "config.toml"
 KEY_NAME: Final = "identity.key"
-_ADDRESSES: Final = MappingProxyType(
-    {
-        "listen": parse_untrusted,
-        "announce": parse_untrusted,
-        "bootstrap": parse_dialable_untrusted,
-        "relay_via": parse_dialable_untrusted,
-    }
-)
 _KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x40))
 """Protobuf of libp2p's PrivateKey{Type: Ed25519, Data: 64 bytes}, up to the data: seed, then public key."""
 _KEY_SIZE: Final = len(_KEY_PREFIX) + 2 * SEED_SIZE
@@ -229,15 +218,29 @@ def read_config(environ: Mapping[str, str]) -> ReadConfig:
     except OSError as error:
         raise BadConfig(f"{path} can not be read: {error.strerror}") from None
     found = parse_file_untrusted(data, str(path), settings())
-    for name, parse in _ADDRESSES.items():
+    _check_addresses(found)
+    values: dict[str, Any] = {name: value for name, (value, _) in found.items()}
+    return ReadConfig(Config(home, **values), {name: where for name, (_, where) in found.items()})
+
+
+def _check_addresses(found: Mapping[str, tuple[Value, str]]) -> None:
+    """Refuse what is no address where one has to be. Raises `BadConfig`."""
+    # Most homes have no configuration, and sockets take a while to import.
+    from omnistore.net.addresses import parse_dialable_untrusted, parse_untrusted
+
+    parsers: dict[str, Callable[[str], object]] = {
+        "listen": parse_untrusted,
+        "announce": parse_untrusted,
+        "bootstrap": parse_dialable_untrusted,
+        "relay_via": parse_dialable_untrusted,
+    }
+    for name, parse in parsers.items():
         value, where = found.get(name, ((), ""))
         for addr in value if isinstance(value, tuple) else ():
             try:
                 parse(addr)
             except BadConfig as error:
                 raise BadConfig(f"{where}: {name}: {error.message}", remedy=error.remedy) from None
-    values: dict[str, Any] = {name: value for name, (value, _) in found.items()}
-    return ReadConfig(Config(home, **values), {name: where for name, (_, where) in found.items()})
 
 
 def _home(environ: Mapping[str, str]) -> Path:
@@ -320,12 +323,12 @@ def _encode(key: PrivateKey) -> bytes:
 
 
 def _make_key(path: Path) -> PrivateKey:
-    temporary = path.with_name(f".{KEY_NAME}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{KEY_NAME}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(fd, "wb") as file:
-                file.write(_encode(PrivateKey(secrets.token_bytes(SEED_SIZE))))
+                file.write(_encode(PrivateKey(os.urandom(SEED_SIZE))))
                 file.flush()
                 os.fsync(file.fileno())
             try:

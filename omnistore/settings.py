@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -199,6 +198,8 @@ def parse_file_untrusted(
 
     Flat: every key is a setting. Raises `BadConfig` naming `source`, the line, the key and what is allowed.
     """
+    import tomllib  # only where there is a file
+
     if len(data) > MAX_FILE:
         raise BadConfig(f"{source} has more than {MAX_FILE} bytes")
     try:

