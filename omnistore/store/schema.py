@@ -100,7 +100,8 @@ VERSION: Final = len(_MIGRATIONS)
 def prepare(connection: sqlite3.Connection, path: str) -> None:
     """Bring the index at `path` up to date. Raises `StoreError` for one made by a newer release.
 
-    The caller sees to it that no other process does the same at this moment.
+    A new one is made as it is now; what an older one lacks, migrations add. The caller sees to it that no
+    other process does the same at this moment.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
@@ -108,20 +109,33 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
             f"{path} was made by a newer release of omni (its version is {version}, ours {VERSION})",
             remedy="Upgrade omni, or set OMNI_HOME to another directory.",
         )
-    if version < VERSION:
-        _migrate(connection)
+    if version == 0 and connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
+        _make(connection)
+    elif version < VERSION:
+        _migrate(connection, version)
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
-    """What an index lacks, in one transaction: one wait for the disk, all or nothing."""
-    # sqlite_utils takes 0.1 s to import and an index that is up to date does not need it.
+def _make(connection: sqlite3.Connection) -> None:
+    """A new index, in one transaction: one wait for the disk, all or nothing."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for statements in _MIGRATIONS.values():
+            _execute(statements, connection)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """What an older index lacks, in one transaction."""
+    # It takes 60 ms to import, a fifth of adding a gigabyte, and neither a new index nor one that is up to
+    # date needs it.
     with _without("numpy"):
         from sqlite_utils import Database, Migrations
 
     migrations = Migrations("omni")
-    for name, statements in _MIGRATIONS.items():
-        migrations(name=name)(partial(_execute, statements))
-    database = Database(connection)
+    for number, (name, statements) in enumerate(_MIGRATIONS.items()):
+        # What the index was made with is only noted, by whom it was made new.
+        migrations(name=name)(partial(_execute, statements if number >= version else ()))
+    database = Database(connection, execute_plugins=False)
     with database.atomic():
         migrations.apply(database)
         connection.execute(f"PRAGMA user_version = {VERSION}")

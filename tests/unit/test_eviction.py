@@ -176,7 +176,7 @@ def test_an_index_of_the_first_release_is_brought_up_to_date(home: Path, tmp_pat
     store.close()
     db = sqlite3.connect(home / "index.sqlite")
     db.execute("ALTER TABLE files DROP COLUMN used")
-    db.execute("DELETE FROM _sqlite_migrations WHERE name = '0002_last_use'")
+    db.execute("DROP TABLE mirrors")
     db.execute("PRAGMA user_version = 1")
     db.commit()
     db.close()

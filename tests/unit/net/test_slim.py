@@ -29,12 +29,19 @@ def test_upstream_brings_them() -> None:
     run("import sys, libp2p\nassert {'requests', 'httpx'} <= sys.modules.keys()")
 
 
-def test_a_new_index_is_made_without_numpy(tmp_path: Path) -> None:
+def test_an_older_index_is_brought_up_to_date_without_numpy(tmp_path: Path) -> None:
     run(
-        "import sys\n"
+        "import sqlite3, sys\n"
         "from pathlib import Path\n"
         "from omnistore.store.database import Database\n"
-        f"Database(Path({str(tmp_path / 'index.sqlite')!r}), 1.0).close()\n"
+        f"path = Path({str(tmp_path / 'index.sqlite')!r})\n"
+        "Database(path, 1.0).close()\n"
+        "assert 'sqlite_utils' not in sys.modules\n"
+        "db = sqlite3.connect(path)\n"
+        "db.execute('DROP TABLE mirrors')\n"
+        "db.execute('PRAGMA user_version = 2')\n"
+        "db.close()\n"
+        "Database(path, 1.0).close()\n"
         "assert 'sqlite_utils' in sys.modules and 'numpy' not in sys.modules\n"
         "import numpy\n"
         "assert numpy.arange(3).sum() == 3\n"
