@@ -8,15 +8,15 @@ error instead of a SIGBUS. Implements spec/02-layout.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final, TypeAlias
 
 from blake3 import blake3
@@ -51,7 +51,7 @@ Progress: TypeAlias = Callable[[int], None]
 _THREADS: Final = 2
 """BLAKE3 releases the interpreter's lock: one reads, or is waited for, while the other hashes."""
 _BATCH: Final = 32
-"""Blocks per task and per call of the sink."""
+"""Blocks between two calls of the sink, or thereabouts."""
 _WINDOWS: Final = (1 << 20, 16 << 20, LIMITS.header_bytes)
 """How much of a file is read in search of the end of its header, in bytes."""
 
@@ -192,6 +192,10 @@ def _check_publishable(
         raise UnsupportedGGUF(f"{path}: this model can not be published: {error.message}") from error
 
 
+_Place: TypeAlias = tuple[Extent, int, int]
+"""A block to be hashed: its extent, offset and size."""
+
+
 def _hash(
     pool: ThreadPoolExecutor,
     sources: Sequence[_Source],
@@ -200,36 +204,80 @@ def _hash(
 ) -> list[CID]:
     """The CIDs of the layout's blocks, in its order; the listeners are called on the way."""
     sink, take, progress = listeners
-    batches = list(_batches(layout.extents))
+    hashing = _Hashing(sources, list(_places(layout.extents)), take)
     cids: list[CID] = []
-    tasks = pool.map(lambda batch: sources[batch[0][0].file].digests(batch, take), batches)
-    for batch, digests in zip(batches, tasks, strict=True):
-        found = [CID.of_digest(RAW, digest) for digest in digests]
-        cids += found
-        if sink is not None:
-            sink(
-                [
-                    Placement(cid, extent.file, offset, size, extent.part)
-                    for cid, (extent, offset, size) in zip(found, batch, strict=True)
-                ]
-            )
-        if progress is not None:
-            progress(sum(size for _, _, size in batch))
+    try:
+        for batch, digests in hashing.run(pool):
+            found = [CID.of_digest(RAW, digest) for digest in digests]
+            cids += found
+            if sink is not None:
+                sink(
+                    [
+                        Placement(cid, extent.file, offset, size, extent.part)
+                        for cid, (extent, offset, size) in zip(found, batch, strict=True)
+                    ]
+                )
+            if progress is not None:
+                progress(sum(size for _, _, size in batch))
+    finally:
+        hashing.end()
     return cids
 
 
-_Batch: TypeAlias = list[tuple[Extent, int, int]]
-"""Blocks of one file: extent, offset, size."""
+def _places(extents: Iterable[Extent]) -> Iterator[_Place]:
+    for extent in sorted(extents, key=lambda extent: extent.file):
+        for offset, size in extent.blocks():
+            yield extent, offset, size
 
 
-def _batches(extents: Iterable[Extent]) -> Iterator[_Batch]:
-    by_file: dict[int, list[Extent]] = {}
-    for extent in extents:
-        by_file.setdefault(extent.file, []).append(extent)
-    for file in sorted(by_file):
-        blocks = ((extent, *place) for extent in by_file[file] for place in extent.blocks())
-        while batch := list(islice(blocks, _BATCH)):
-            yield batch
+class _Hashing:
+    """Blocks that threads hash, each the first that no other took: a file is read from front to back."""
+
+    def __init__(self, sources: Sequence[_Source], places: Sequence[_Place], take: Take | None) -> None:
+        self._sources, self._places, self._take = sources, places, take
+        self._digests = [b""] * len(places)
+        # Its next() is one step of the interpreter: no two threads get the same number.
+        self._numbers = count()
+        self._news: SimpleQueue[None] = SimpleQueue()
+        self._ended = False
+
+    def run(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Sequence[_Place], list[bytes]]]:
+        """Places and digests, some at a time, in order. Raises what reading and `take` raise."""
+        threads = [pool.submit(self._work) for _ in range(_THREADS)]
+        for thread in threads:
+            thread.add_done_callback(lambda _: self._news.put(None))
+        start = 0
+        while start < len(self._places):
+            self._news.get()
+            for thread in threads:
+                if thread.done():
+                    thread.result()
+            end = start
+            while end < len(self._places) and self._digests[end]:
+                end += 1
+            if end > start:
+                yield self._places[start:end], self._digests[start:end]
+            start = end
+
+    def end(self) -> None:
+        """Have the threads stop before their next block."""
+        self._ended = True
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(BLOCK_SIZE))
+        try:
+            while (number := next(self._numbers)) < len(self._places) and not self._ended:
+                extent, offset, size = self._places[number]
+                view = buffer[:size]
+                digest = self._sources[extent.file].digest(view, offset)
+                if self._take is not None:
+                    self._take(extent.file, view, offset)
+                self._digests[number] = digest
+                if number % _BATCH == _BATCH - 1:
+                    self._news.put(None)
+        except BaseException:
+            self._ended = True
+            raise
 
 
 class _Source:
@@ -255,18 +303,14 @@ class _Source:
     def nonzero_gaps(self, header: GGUFHeader) -> list[Gap]:
         return [(offset, size) for offset, size in gaps(header, self.file.size) if self._any(offset, size)]
 
-    def digests(self, blocks: _Batch, take: Take | None) -> list[bytes]:
-        buffer = memoryview(bytearray(max(size for _, _, size in blocks)))
-        found: list[bytes] = []
-        for extent, offset, size in blocks:
-            view = buffer[:size]
-            self._read_into(view, offset)
-            found.append(blake3(view).digest())
-            if take is not None:
-                take(extent.file, view, offset)
-        return found
+    def digest(self, view: memoryview, offset: int) -> bytes:
+        """That of the bytes at `offset`, which are in `view` afterwards."""
+        self._read_into(view, offset)
+        return blake3(view).digest()
 
     def sha256(self) -> bytes:
+        import hashlib  # 3 ms, for OpenSSL, and few ask for it
+
         total = hashlib.sha256()
         buffer = memoryview(bytearray(BLOCK_SIZE))
         for offset in range(0, self.file.size, BLOCK_SIZE):

@@ -9,10 +9,8 @@ import errno
 import fcntl
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -28,8 +26,8 @@ _FICLONE: Final = 0x40049409
 """Linux: share another file's extents (btrfs, XFS, bcachefs)."""
 _COPY_STEP: Final = 16 << 20
 """Bytes copied between two reports of progress."""
-_SYNC_EVERY: Final = 0.03
-"""Seconds between two early waits for the disk: 60 MB of a fast one."""
+_WRITE_STEP: Final = 4 << 20
+"""Bytes that the disk is told to write at a time: few enough that it begins at once."""
 
 Progress = Callable[[int], None]
 
@@ -52,6 +50,18 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def write_through(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`, and have the disk begin with each few megabytes as soon as they are whole.
+
+    It writes while more is being written; `sync_data` then has little left to wait for.
+    """
+    write_at(fd, data, offset)
+    end = (offset + len(data)) // _WRITE_STEP * _WRITE_STEP
+    if end > offset and sys.platform.startswith("linux"):
+        # Linux starts to write these pages, which it can not drop before that is done.
+        os.posix_fadvise(fd, end - _WRITE_STEP, _WRITE_STEP, os.POSIX_FADV_DONTNEED)
 
 
 def sync_data(fd: int) -> None:
@@ -78,30 +88,6 @@ def reserved(target: Path, size: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextmanager
-def written_through(fds: Sequence[int]) -> Iterator[None]:
-    """Have the disk write while more is being written: when the block ends, these files are durable."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(1, "omni-sync") as pool:
-        early = pool.submit(_sync_early, fds, stop)
-        try:
-            yield
-        finally:
-            stop.set()
-        # The kernel tells of a failed write once only: it must not be lost here.
-        early.result()
-    for fd in fds:
-        sync_data(fd)
-
-
-def _sync_early(fds: Sequence[int], stop: threading.Event) -> None:
-    while not stop.wait(_SYNC_EVERY):
-        # Where there is no cheap wait, one at the end is the fastest.
-        if sys.platform.startswith("linux"):
-            for fd in fds:
-                os.fdatasync(fd)
 
 
 def boot_id() -> str:

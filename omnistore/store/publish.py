@@ -7,8 +7,6 @@ the home while they are cut, from the same bytes in memory, so that what is publ
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from omnistore.cid import CID
 from omnistore.config import sync_directory
 from omnistore.keys import PrivateKey
 from omnistore.manifest import PartRef, SignedManifest
-from omnistore.store.disk import FileLock, check_room, cloned, reported, reserved, write_at, written_through
+from omnistore.store.disk import FileLock, check_room, cloned, reported, reserved, sync_data, write_through
 from omnistore.store.files import FileStore, write_nodes
 from omnistore.store.index import StoredFile, part_path
 from omnistore.store.interface import Model
@@ -98,7 +96,9 @@ def _publish_copy(
     key: PrivateKey,
     cutting: _Cutting,
 ) -> Published:
-    tag = INCOMING + secrets.token_hex(8)
+    import shutil  # 3 ms, for its archives
+
+    tag = INCOMING + os.urandom(8).hex()
     directory = store.models_directory / tag
     with FileLock(store.config.home / "locks" / f"{tag}.lock", "a copy") as lock:
         try:
@@ -126,11 +126,12 @@ def _cut_copying(
         return cutting(copies)
     for copy in copies:
         copy.unlink(missing_ok=True)
-    with reported(directory, "written"), _targets(copies, paths) as fds, written_through(fds):
-        result, places = cutting(paths, lambda file, data, offset: write_at(fds[file], data, offset))
+    with reported(directory, "written"), _targets(copies, paths) as fds:
+        result, places = cutting(paths, lambda file, data, offset: write_through(fds[file], data, offset))
         for fd, source in zip(fds, result.sources, strict=True):
             # It may have been opened a moment after its size was asked for.
             os.ftruncate(fd, source.size)
+            sync_data(fd)
         return result, places
 
 

@@ -227,7 +227,7 @@ def test_the_command_killed_from_outside(tmp_path: Path) -> None:
     for _ in range(8):
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=rng.uniform(0.15, 0.6))
+            process.wait(timeout=rng.uniform(0.05, 0.3))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             died += 1

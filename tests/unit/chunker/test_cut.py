@@ -213,6 +213,23 @@ def test_a_caller_can_end_the_cut(tmp_path: Path) -> None:
         cut([write(tmp_path, tiny_model(1).build())], progress=stop)
 
 
+def test_whoever_takes_the_bytes_can_end_the_cut(tmp_path: Path) -> None:
+    class Full(Exception):
+        pass
+
+    taken: list[int] = []
+
+    def take(_: int, data: memoryview, offset: int) -> None:
+        taken.append(offset)
+        if len(taken) >= 10:
+            raise Full
+
+    tensors = [TinyTensor(f"blk.{n}.w", "I8", (BLOCK_SIZE,), b"w" * BLOCK_SIZE) for n in range(64)]
+    with pytest.raises(Full):
+        cut([write(tmp_path, tiny_gguf(tensors))], take=take)
+    assert len(taken) < 20, "the other thread goes on for no more than a block"
+
+
 def test_unreadable_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.gguf: No such file"):
         cut([tmp_path / "none.gguf"])
