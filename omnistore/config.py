@@ -113,16 +113,16 @@ class Config:
         "Most bytes a fetch has asked for and not received: a gigabit a second times half a second.",
         low=1 << 20, high=1 << 32,
     )  # fmt: skip
-    patience: float = setting(
+    stall_timeout: float = setting(
         60.0, "seconds",
         "How long a fetch that has peers goes on without one verified block. A block takes that long at"
         " 17 kB/s.",
         low=1, high=86400,
     )  # fmt: skip
-    lonely: float = setting(
+    provider_timeout: float = setting(
         30.0, "seconds", "How long a fetch waits for somebody who holds what is missing.", low=1, high=86400
     )
-    peers: int = setting(
+    fetch_peers: int = setting(
         32, "count", "Peers that a fetch asks at once; more make it no faster, and each costs a stream.",
         low=1, high=1000,
     )  # fmt: skip
@@ -136,7 +136,7 @@ class Config:
         " beyond is refused.",
         low=16, high=100_000,
     )  # fmt: skip
-    streams: int = setting(
+    serve_peers: int = setting(
         256, "count",
         "Requesters served at once, at some 64 KiB each; in a full house those make room that nobody misses.",
         low=4, high=10_000,

@@ -251,14 +251,14 @@ def session_limits(config: Config) -> SessionLimits:
     """What every fetch of this home keeps to."""
     return SessionLimits(
         flow=FlowLimits(ceiling=config.window),
-        peers=config.peers,
-        patience=config.patience,
-        lonely=config.lonely,
+        peers=config.fetch_peers,
+        stall_timeout=config.stall_timeout,
+        provider_timeout=config.provider_timeout,
     )
 
 
 def _serve_limits(config: Config) -> ServeLimits:
-    return ServeLimits(streams=config.streams, ahead=config.serve_peer_memory, memory=config.serve_memory)
+    return ServeLimits(streams=config.serve_peers, ahead=config.serve_peer_memory, memory=config.serve_memory)
 
 
 def _ways(config: Config, options: NodeOptions) -> Ways:

@@ -441,9 +441,9 @@ class Session:
         self._lonely_since = None if served else now if self._lonely_since is None else self._lonely_since
         if self._lonely_since is not None:
             alone = now - self._lonely_since
-            if alone > self.limits.lonely or (self._exhausted and not self._sources):
+            if alone > self.limits.provider_timeout or (self._exhausted and not self._sources):
                 self._fail(e.Failed("no-providers", tuple(self.missing())))
-        elif now - self._useful_at > self.limits.patience:
+        elif now - self._useful_at > self.limits.stall_timeout:
             self._fail(e.Failed("timed-out", tuple(self.missing())))
 
     def _fail(self, command: e.Failed) -> None:

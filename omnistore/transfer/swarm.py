@@ -72,7 +72,7 @@ class SwarmLimits:
     redial_least: float = 1.0
     """Seconds before a peer that went away is dialled again: doubles while it delivers nothing."""
     redial_most: float = 10.0
-    """Well under the session's `lonely`, or the only provider could be waited for too long."""
+    """Well under the session's `provider_timeout`, or the only provider could be waited for too long."""
     dials: int = 3
     """Dials without success after which a peer that never answered is no longer hoped for."""
     redial_dead: float = 60.0
@@ -241,7 +241,7 @@ class Swarm:
         faults = [f"{peer}: {why}" for peer, why in {**self.tally.unreachable, **self.tally.dropped}.items()]
         told = "; ".join(faults[:5])
         if command.kind == "timed-out":
-            limit = self.session.limits.patience
+            limit = self.session.limits.stall_timeout
             message = f"nothing useful arrived for {limit:.0f} s ({lacking})"
             return FetchTimedOut(message, remedy=told or "Run the same command again: it resumes by block.")
         found = (

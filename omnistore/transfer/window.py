@@ -53,9 +53,9 @@ class SessionLimits:
     flow: FlowLimits = FLOW
     peers: int = 32
     """Asked at once: enough for any link, few enough to know each."""
-    patience: float = 60.0
+    stall_timeout: float = 60.0
     """Seconds without one verified block after which a session with peers gives up."""
-    lonely: float = 30.0
+    provider_timeout: float = 30.0
     """Seconds without a peer that holds anything missing after which it gives up."""
     refresh: float = 1.0
     """Seconds before a peer that lacked something is asked again what it holds: it may be fetching too.

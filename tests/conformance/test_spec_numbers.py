@@ -204,9 +204,9 @@ IN_TRANSFER = [
     f"answers nothing for {FLOW.answer_most:g} s though others hold all it owes",
     f"(more than {SWARM.unverified} blocks wait to be verified)",
     f"after {SESSION.probe:g} s of silence a requester cancels the last of its asks",
-    f"After {SESSION.lonely:g} s (`lonely`) in which no joined peer held anything missing: no providers."
-    f" After"
-    f" {SESSION.patience:g} s (`patience`) without one verified block: timed out",
+    f"After {SESSION.provider_timeout:g} s (`provider_timeout`) in which no joined peer"
+    f" held anything missing: no providers. After"
+    f" {SESSION.stall_timeout:g} s (`stall_timeout`) without one verified block: timed out",
     f"in memory (at most {client.MAX_HEADER_BYTES // MIB} MiB)",
     f"again every {client.DISCOVERY_SOON:g} s while something is lacking, else after 6, 12, 24 s and then"
     f" every"

@@ -55,12 +55,12 @@ def other(name: str) -> int | float:
 
 OBSERVED: dict[str, Callable[[Node, ServeLimits], object]] = {
     "window": lambda node, serve: node.limits.flow.ceiling,
-    "patience": lambda node, serve: node.limits.patience,
-    "lonely": lambda node, serve: node.limits.lonely,
-    "peers": lambda node, serve: node.limits.peers,
+    "stall_timeout": lambda node, serve: node.limits.stall_timeout,
+    "provider_timeout": lambda node, serve: node.limits.provider_timeout,
+    "fetch_peers": lambda node, serve: node.limits.peers,
     "dial_timeout": lambda node, serve: node.network.dialer.deadline,
     "connections": lambda node, serve: node.network.host.get_network().connection_config.max_connections,
-    "streams": lambda node, serve: serve.streams,
+    "serve_peers": lambda node, serve: serve.streams,
     "serve_memory": lambda node, serve: serve.memory,
     "serve_peer_memory": lambda node, serve: serve.ahead,
     "up_limit": lambda node, serve: node.upload._rate,
@@ -164,7 +164,7 @@ async def test_connections(home: Path) -> None:
 
 @pytest.mark.trio
 async def test_streams(home: Path) -> None:
-    async with seed(home, streams=4) as node, stranger() as many, stranger() as late:
+    async with seed(home, serve_peers=4) as node, stranger() as many, stranger() as late:
         streams = [await many.open_stream(target(node), PROTOCOL) for _ in range(4)]
         for stream in streams:
             await stream.receive_some(100)
@@ -203,7 +203,7 @@ async def test_how_long_a_fetch_waits_for_somebody(home: Path) -> None:
         async def find_providers(self, cid: CID, **fields: Any) -> list[Provider]:
             return []
 
-    async with seed(home, lonely=1) as node:
+    async with seed(home, provider_timeout=1) as node:
         routing: ContentRouting = Nobody()  # type: ignore[assignment]
         cid = CID.of_digest(DAG_CBOR, bytes(32))
         with trio.fail_after(15), pytest.raises(NoProviders):

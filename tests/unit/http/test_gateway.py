@@ -175,7 +175,7 @@ def fetch_through(app: App, cid: CID, output: Path) -> tuple[FetchReport, str]:
         failure: NoProviders | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(serve_http, app, listeners))
-            options = FetchOptions(gateways=[url], output=output, limits=SessionLimits(lonely=0.5))
+            options = FetchOptions(gateways=[url], output=output, limits=SessionLimits(provider_timeout=0.5))
             try:
                 with trio.fail_after(30):
                     report = await fetch_model(Offline(), None, MemoryStore(), cid, options)

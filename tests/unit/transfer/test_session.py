@@ -342,7 +342,7 @@ def test_a_block_of_two_parts_is_fetched_once() -> None:
 
 
 def test_lonely_and_impatient() -> None:
-    machine = session(lonely=30, patience=60)
+    machine = session(provider_timeout=30, stall_timeout=60)
     machine.step(ALL, 0)
     machine.step(e.Tick(), 1)
     assert machine.step(e.Tick(), 30) == []
@@ -350,7 +350,7 @@ def test_lonely_and_impatient() -> None:
     assert failed == [e.Failed("no-providers", tuple(block.cid for block in BLOCKS))]
     assert machine.step(e.Tick(), 100) == []
 
-    machine = session(lonely=30, patience=60)
+    machine = session(provider_timeout=30, stall_timeout=60)
     machine.step(ALL, 0)
     joined(machine, "a")
     for now in range(1, 60):
