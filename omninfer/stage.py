@@ -398,7 +398,9 @@ async def compute_service(node: Node, options: Mapping[str, Any]) -> None:
     )
     if not allow:
         _log.warning("compute is lent to nobody: name peers with --allow PEER, or --allow any")
-    weights = NetworkWeights(node.network, node.routing, node.store, node.download, node.limits)
+    weights = NetworkWeights(
+        node.network, node.routing, node.store, node.download, node.limits, hints=node.hints
+    )
     lender = Lender(node.peer_id, node.store, weights, lend)
     lender.serve_on(node.network)
     async with trio.open_nursery() as nursery:

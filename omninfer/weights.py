@@ -35,11 +35,17 @@ class NetworkWeights:
         store: Store,
         download: TokenBucket | None = None,
         limits: SessionLimits = LIMITS,
+        *,
+        hints: bool = False,
     ) -> None:
-        """`download`, `limits`: the node's cap on what it fetches, and what each fetch keeps to."""
+        """`download`, `limits`: the node's cap on what it fetches, and what each fetch keeps to.
+
+        `hints`: whether mirrors are asked that peers name.
+        """
         self._network = network
         self._download = download
         self._limits = limits
+        self._hints = hints
         self._routing = routing
         self._store = store
         self._assembling = trio.Lock()
@@ -64,7 +70,9 @@ class NetworkWeights:
             def told(state: FetchProgress) -> None:
                 progress(state.done, state.total)
 
-            options = FetchOptions(choose, peers, limits=self._limits, download=self._download)
+            options = FetchOptions(
+                choose, peers, limits=self._limits, download=self._download, hints=self._hints
+            )
             report = await fetch_model(self._network, self._routing, self._store, model, options, told)
             return report.bytes_fetched
 

@@ -133,6 +133,8 @@ class Node:
     """The cap on blocks sent, which everything that sends some heeds."""
     limits: SessionLimits = LIMITS
     """Of every fetch of this node."""
+    hints: bool = False
+    """Whether its fetches ask mirrors that peers name."""
     download: TokenBucket | None = None
     """The cap on blocks fetched, for every `FetchOptions.download` of this node."""
     relay: Relay | None = None
@@ -222,6 +224,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
                 MeteredNetwork(network),
                 Pacer(config.up_limit),
                 session_limits(config),
+                config.mirrors,
             )
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())

@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from omnistore.cli.home import with_caps, with_mdns
 from omnistore.cli.output import Output, with_output
+from omnistore.cli.web import with_hints
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,11 +84,16 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to write.")
 @_shared
+@with_caps
+@with_mdns
+@with_hints
 @with_output
 def run(output: Output, **options: Any) -> None:
     """Continue a prompt with a model, here and on machines that lend compute.
 
     CID may also be PUBLISHER/NAME, the name of a model that is here, or the beginning of its CID.
+
+    What is not here is fetched: without --peer and --bootstrap from the local network and nodes met before.
 
     stdout is the completion and nothing else. With --json, one event per line; the last holds text,
     tokens, prompt_tokens, stages and tokens_per_second.
@@ -102,6 +109,9 @@ def run(output: Output, **options: Any) -> None:
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-tokens", type=int, default=1024, show_default=True, help="Most tokens of one answer.")
 @_shared
+@with_caps
+@with_mdns
+@with_hints
 @with_output
 def chat(output: Output, **options: Any) -> None:
     """Talk with a model, here and on machines that lend compute.

@@ -26,17 +26,18 @@ from omninfer.sources import Description, describe_untrusted, header_parts
 from omninfer.tokenizer import Tokenizer
 from omninfer.weights import NetworkWeights
 from omnistore.cid import CID
+from omnistore.cli.client import check_reachable, open_client, routing_of
 from omnistore.cli.home import config, home_store
 from omnistore.cli.names import find_named, is_published_name
 from omnistore.cli.output import Output, size
 from omnistore.config import Config, load_key
 from omnistore.errors import BlockMissing, InputError, MalformedCID
 from omnistore.net.addresses import parse_dialable_untrusted
-from omnistore.node import NodeOptions, open_node
 from omnistore.transfer.client import Offline, every_part, provider_at
 
 LEAST_CONTEXT: Final = 2048
 """Tokens planned for unless --context says otherwise: a page or two."""
+_VERIFY: Final = "If you added it here, `omni verify` names the file that is gone or has changed."
 _TELL_EVERY: Final = 2.0
 """Seconds between two words on one machine's progress."""
 
@@ -84,6 +85,8 @@ class Asked:
     kv: KVKind | None
     """None: as the configuration says."""
     params: GenerationParams
+    caps: Mapping[str, Any]
+    """Settings that were given as options."""
     schema: str | None = None
     """JSON Schema that what is written has to satisfy."""
 
@@ -97,7 +100,18 @@ class Asked:
         params = GenerationParams(
             options["max_tokens"], tuple(options["stops"]), sampling, options["logprobs"]
         )
-        rest = ("model", "layers", "lenders", "peers", "bootstrap", "engine", "context", "silence", "kv")
+        rest = (
+            "model",
+            "layers",
+            "lenders",
+            "peers",
+            "bootstrap",
+            "engine",
+            "context",
+            "silence",
+            "kv",
+            "caps",
+        )
         schema = None if options["schema"] is None else _schema(options["schema"])
         return cls(params=params, schema=schema, **{name: options[name] for name in rest})
 
@@ -194,35 +208,32 @@ class _Alone(Offline):
 async def open_model(output: Output, asked: Asked) -> AsyncIterator[OpenModel]:
     """Find the model, here or among peers, and read its headers."""
     others = (*asked.peers, *asked.lenders)
+    settings = config(bootstrap=asked.bootstrap, **asked.caps)
     name = asked.model
     if is_published_name(name):
-        name = str(await find_named(output, config(bootstrap=asked.bootstrap), name, others))
+        name = str(await find_named(output, settings, name, others))
     cid, whole = await trio.to_thread.run_sync(_look, name)
     for addr in others:
         parse_dialable_untrusted(addr)
-    providers = tuple(provider_at(addr) for addr in others)
-    store_config = config(bootstrap=asked.bootstrap)
     if whole and not others and not asked.bootstrap:
         with home_store() as store:
-            alone = _Alone(load_key(store_config.home).public.peer_id)
+            alone = _Alone(load_key(settings.home).public.peer_id)
             site = Site(alone, None, store, NetworkWeights(alone, None, store))
-            yield await _opened(asked, output, cid, site, store_config)
+            yield await _opened(asked, output, cid, site, settings)
         return
-    if not others and not store_config.bootstrap:
-        raise InputError(
-            f"{asked.model} is not here, or not whole, and there is nobody to ask for it",
-            remedy="Give a seed's address with --peer, or any node's with --bootstrap. If you added it here,"
-            " `omni verify` names the file that is gone or has changed.",
+    named = bool(others)
+    check_reachable(settings, f"{asked.model} is not here, or not whole", named=named, remedy=f" {_VERIFY}")
+    if not (named or settings.bootstrap):
+        output.note(f"{asked.model} is not here, or not whole: looking who has it. {_VERIFY}")
+    async with open_client(settings, named=named) as node:
+        routing = routing_of(node, named=named)
+        weights = NetworkWeights(
+            node.network, routing, node.store, node.download, node.limits, hints=node.hints
         )
-    async with open_node(
-        store_config, NodeOptions(bootstrap=store_config.bootstrap, alone_ok=bool(others))
-    ) as node:
-        routing = node.routing if store_config.bootstrap else None
-        weights = NetworkWeights(node.network, routing, node.store, node.download, node.limits)
-        await weights.fetch(cid, header_parts, providers)
-        labels = Labels(load_key(store_config.home).seed)
+        await weights.fetch(cid, header_parts, tuple(provider_at(addr) for addr in others))
+        labels = Labels(load_key(settings.home).seed)
         site = Site(node.network, routing, node.store, weights, labels)
-        yield await _opened(asked, output, cid, site, store_config)
+        yield await _opened(asked, output, cid, site, settings)
 
 
 async def _opened(asked: Asked, output: Output, cid: CID, site: Site, settings: Config) -> OpenModel:

@@ -1,35 +1,17 @@
-"""What commands about names share: a node for looking things up, and from `PUBLISHER/NAME` to a CID."""
+"""From `PUBLISHER/NAME` to a CID, as every command that takes one needs it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from omnistore.cid import CID
+from omnistore.cli.client import open_client
 from omnistore.cli.output import Output
 from omnistore.config import Config
 from omnistore.dht.names import check_name
 from omnistore.naming import NameBook, resolve
 from omnistore.trust import TrustStore, is_publisher_name
-
-if TYPE_CHECKING:
-    from omnistore.node import Node
-
-
-@asynccontextmanager
-async def open_client(settings: Config, *, alone_ok: bool = False) -> AsyncIterator[Node]:
-    """A node that asks and leaves: through the bootstrap nodes, or whoever is near or was met before."""
-    from omnistore.node import NodeOptions, open_node
-
-    untold = not settings.bootstrap
-    options = NodeOptions(
-        bootstrap=settings.bootstrap, lan=untold and settings.mdns, recall=untold, alone_ok=alone_ok
-    )
-    async with open_node(settings, options) as node:
-        yield node
 
 
 def is_published_name(text: str) -> bool:

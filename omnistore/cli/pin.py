@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +12,14 @@ import trio
 
 from omnistore.cid import CID
 from omnistore.cli import names
+from omnistore.cli.client import check_reachable, open_client, routing_of
 from omnistore.cli.fetching import View, fetch_view, peers_text
 from omnistore.cli.home import config, home_store, with_caps, with_mdns
 from omnistore.cli.output import Output, size, with_output
 from omnistore.cli.web import Sources, with_hints, with_sources
 from omnistore.config import Config
 from omnistore.dht.names import publisher_untrusted
-from omnistore.errors import InputError
 from omnistore.http.client import running_seed
-from omnistore.net.acquaintances import recall
-from omnistore.node import NodeOptions, open_node
 from omnistore.pinning import Document, PinRequest, Site, is_here, offline, run_pin
 from omnistore.trust import TrustStore
 
@@ -86,32 +83,17 @@ def pin(
     watched.conclude()
 
 
-def _check_sources(settings: Config, request: PinRequest) -> None:
-    told = request.peers or request.mirrors or request.gateways or settings.bootstrap or settings.mdns
-    if not told and not recall(settings.home, time.time()):
-        raise InputError(
-            f"{request.cid} is not here, and there is nobody to ask for it",
-            remedy="Give a seed's address with --peer, or any node's with --bootstrap.",
-        )
-
-
 async def _fetch(settings: Config, request: PinRequest, watched: Watched) -> None:
     """In the seed of this home if one runs, with its connections and identity; else in a node of our own."""
     seed = await running_seed(settings.home)
     if seed is not None:
         await seed.pin(request, watched)
         return
-    _check_sources(settings, request)
+    named = bool(request.peers or request.mirrors or request.gateways)
+    check_reachable(settings, f"{request.cid} is not here", named=named)
     # While it fetches, the node serves what it already holds.
-    untold = not (request.peers or request.mirrors or request.gateways or settings.bootstrap)
-    joining = NodeOptions(
-        bootstrap=settings.bootstrap,
-        lan=untold and settings.mdns,
-        recall=untold,
-        alone_ok=bool(request.peers or request.mirrors or request.gateways),
-    )
-    async with open_node(settings, joining) as node:
-        routing = node.routing if settings.bootstrap or untold else None
+    async with open_client(settings, named=named) as node:
+        routing = routing_of(node, named=named)
         await run_pin(Site(node.network, routing, node.store, node.limits, node.download), request, watched)
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from omnistore.cid import CID
+from omnistore.cli.client import open_client
 from omnistore.cli.fetching import peers_text
 from omnistore.cli.home import config
-from omnistore.cli.names import open_client
 from omnistore.cli.output import Output, size, with_output
 from omnistore.errors import NoProviders, RemoteProtocolError
 from omnistore.net.addresses import parse_dialable_untrusted

@@ -7,8 +7,8 @@ import time
 import click
 
 from omnistore.cid import CID
+from omnistore.cli.client import open_client
 from omnistore.cli.home import config, home_store
-from omnistore.cli.names import open_client
 from omnistore.cli.output import Output, with_output
 from omnistore.config import Config, load_key
 from omnistore.dht.names import NameRecord, check_name

@@ -90,7 +90,7 @@ class Daemon:
         """Where its pins run."""
         return Site(
             self.meter, self.node.routing, self.node.store, self.node.limits, self.node.download,
-            self.settings.mirrors,
+            self.node.hints,
         )  # fmt: skip
 
     async def keep_under_cap(self, tell: Callable[[Swept], None]) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from omnistore.testing.tiny_gguf import tiny_model
 
+DEMO = Path(__file__).parents[2] / "manifests" / "demo" / "omni-demo-F16.gguf"
 OMNI = [sys.executable, "-m", "omnistore.cli.main"]
 
 
@@ -137,6 +138,16 @@ def test_machines_on_one_network_find_each_other_without_flags(lan: Lan, tmp_pat
     fetched = lan.run(2, tmp_path / "c", "pin", cid, "--json")
     assert fetched.returncode == 0, fetched.stderr
     assert json.loads(fetched.stdout.splitlines()[-1])["peers"]
+
+
+def test_a_model_of_the_local_network_runs_without_flags(lan: Lan, tmp_path: Path) -> None:
+    cid = lan.run(0, tmp_path / "a", "add", DEMO).stdout.split()[-1]
+    lan.seed(0, tmp_path / "a")
+    told = lan.run(1, tmp_path / "b", "run", cid, "--prompt", "Once upon", "--max-tokens", 4, "--json")
+    assert told.returncode == 0, told.stderr
+    assert len(json.loads(told.stdout.splitlines()[-1])["tokens"]) == 4
+    alone = lan.run(2, tmp_path / "c", "run", cid, "--prompt", "x", "--no-mdns")
+    assert (alone.returncode, "nobody to ask" in alone.stderr) == (2, True)
 
 
 def test_who_is_silent_is_not_found_and_peers_met_before_are(lan: Lan, tmp_path: Path) -> None:

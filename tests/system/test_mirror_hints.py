@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.system.conftest import StartSeed
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+DEMO = Path(__file__).parents[2] / "manifests" / "demo" / "omni-demo-F16.gguf"
 OMNI = [sys.executable, "-m", "omnistore.cli.main"]
 
 
@@ -155,9 +156,14 @@ def alone() -> Iterator[list[str]]:
         subprocess.run(["ip", "netns", "del", name], check=False)
 
 
+@pytest.mark.parametrize("command", ["pin", "run"])
 def test_a_fetch_follows_what_peers_name_once_that_is_allowed(
-    alone: list[str], site: Site, tmp_path: Path
+    command: str, alone: list[str], tmp_path: Path
 ) -> None:
+    file = tmp_path / "www" / DEMO.name
+    file.parent.mkdir()
+    file.write_bytes(DEMO.read_bytes())
+
     def omni(home: str, *args: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*alone, *OMNI, *map(str, args)], env={**os.environ, "OMNI_HOME": str(tmp_path / home)},
@@ -178,15 +184,20 @@ def test_a_fetch_follows_what_peers_name_once_that_is_allowed(
 
     with ExitStack() as running:
         server = (sys.executable, "-m", "tests.unit.transfer.web_server")
-        url = f"{line(started(*server, str(site.file.parent), '9.9.9.9'))}/tiny.gguf"
-        cid = result(omni("publisher", "add", site.file, "--copy", "--url", url, "--json"))["cid"]
+        url = f"{line(started(*server, str(file.parent), '9.9.9.9'))}/{file.name}"
+        cid = result(omni("publisher", "add", file, "--copy", "--url", url, "--json"))["cid"]
         # What this seed holds is gone; what it knows of the model is not.
         for copy in (tmp_path / "publisher" / "models").glob("*/*.gguf"):
             copy.unlink()
         listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns")
         addr = json.loads(line(started(*OMNI, "seed", "--json", *listen, home="publisher")))["addrs"][0]
-        done = result(omni("me", "pin", cid, "--peer", addr, "--no-mdns", "--mirrors", "--json"))
-    assert Path(done["path"]).read_bytes() == site.file.read_bytes()
+        asked = ("--peer", addr, "--no-mdns", "--mirrors", "--json")
+        if command == "run":
+            done = result(omni("me", "run", cid, "--prompt", "Once", "--max-tokens", "3", *asked))
+            assert len(done["tokens"]) == 3
+            return
+        done = result(omni("me", "pin", cid, *asked))
+    assert Path(done["path"]).read_bytes() == file.read_bytes()
     assert done["peers"][f"{url} (named by a peer)"] == done["bytes_fetched"] > 0
     assert [(hint["url"], hint["public"], hint["followed"]) for hint in done["mirrors"]] == [
         (url, True, True)

@@ -76,7 +76,7 @@ def options(cid: str, **changes: Any) -> dict[str, Any]:
         "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
         "frequency_penalty", "seed", "context", "kv", "logprobs", "schema",
     )  # fmt: skip
-    given = {"model": cid, "layers": "auto", "engine": "auto", "silence": 10.0, "max_tokens": 64}
+    given = {"model": cid, "layers": "auto", "engine": "auto", "silence": 10.0, "max_tokens": 64, "caps": {}}
     none: dict[str, Any] = dict.fromkeys(("lenders", "peers", "bootstrap", "stops", "biases"), ())
     return {**dict.fromkeys(unset), **none, **given, "temperature": 0.0, **changes}
 
