@@ -100,6 +100,11 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_engine --gpu --peers $(PEERS)/bin/python --types $(TYPES)
 	$(BIN)/pytest -q tests/unit/engines/test_engine_contracts.py tests/conformance/test_engine_parity.py -k "TestMlxEngine or mlx" -m "not slow"
 
+# What ort's repacking costs, type by type, beside a copy of the same bytes; two minutes.
+.PHONY: bench-packing
+bench-packing: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_packing
+
 # Token ids for every pre-tokenizer, and each step of sampling, against llama.cpp's; PEERS is where llama-cpp-python is.
 .PHONY: parity-tokens
 parity-tokens: $(STAMP) $(PEERS_STAMP)

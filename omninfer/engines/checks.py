@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from omninfer.arch import Feature, KVKind, ModelSpec
+from omninfer.engines.fields import F32, Bytes
 from omninfer.engines.interface import (
     Hidden,
     StageSpec,
@@ -22,7 +23,7 @@ from omninfer.engines.interface import (
     WhichLogits,
     tensors_needed,
 )
-from omninfer.engines.packing import DECODABLE, F32, SUPPORTED, Bytes, decode
+from omninfer.engines.packing import DECODABLE, SUPPORTED, decode
 from omnistore.chunker.ggml import nbytes
 from omnistore.errors import (
     BadConfig,

@@ -29,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.engines.checks import PackedTensor
+from omninfer.engines.fields import Bytes
 from omninfer.engines.interface import TensorSource
-from omninfer.engines.packing import FORMS, PLAIN, Bytes, unpack
+from omninfer.engines.packing import FORMS, PLAIN, unpack
 
 Array = Any
 """mlx.core.array, which has no types that a strict check could use."""

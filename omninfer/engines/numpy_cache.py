@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.arch import KVKind, ModelSpec, kv_group
-from omninfer.engines.packing import F32
+from omninfer.engines.fields import F32
 
 STEP: Final = 256
 """Tokens by which a slot's cache grows at least."""

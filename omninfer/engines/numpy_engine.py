@@ -17,6 +17,7 @@ import numpy as np
 from omninfer.arch import EMBEDDING, HEAD_NORM, KV_KINDS, Feature, KVKind, Rope
 from omninfer.engines.blas import limit_blas_to_one_thread
 from omninfer.engines.checks import StageLimits, check_tensors
+from omninfer.engines.fields import F32
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -40,7 +41,7 @@ from omninfer.engines.numpy_math import (
     softmax_with_sink,
 )
 from omninfer.engines.numpy_weights import DecodedMatrix, Matrix, packed_matrix
-from omninfer.engines.packing import DECODABLE, F32
+from omninfer.engines.packing import DECODABLE
 from omninfer.engines.slots import SlottedStage
 
 DECODED_LIMIT: Final = 128 << 20

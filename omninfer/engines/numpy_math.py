@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.arch import Experts, Feature, Rope, RopeKind, Routing
-from omninfer.engines.packing import F32
+from omninfer.engines.fields import F32
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:

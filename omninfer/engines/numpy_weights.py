@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.engines.checks import PackedTensor
+from omninfer.engines.fields import F32, Bytes
 from omninfer.engines.interface import TensorSource
-from omninfer.engines.packing import F32, Bytes, decode
+from omninfer.engines.packing import decode
 
 SLAB_WEIGHTS: Final = 1 << 18
 """Weights decoded at a time in a product: 1 MB of float32 stays in a core's cache."""

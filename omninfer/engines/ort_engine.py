@@ -28,6 +28,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from omninfer.arch import EMBEDDING, Feature, KVKind
 from omninfer.engines.checks import PackedTensor, StageLimits, check_features, check_kv, check_tensors
+from omninfer.engines.fields import F32, Bytes
 from omninfer.engines.interface import (
     Engine,
     Hidden,
@@ -41,7 +42,7 @@ from omninfer.engines.interface import (
 from omninfer.engines.numpy_math import rope_angles, route
 from omninfer.engines.ort_graph import Graph, head_part, layer_part, padded_head, rope_names, rope_tables
 from omninfer.engines.ort_packed import PackedFolder
-from omninfer.engines.packing import F32, Bytes, decode
+from omninfer.engines.packing import decode
 from omninfer.engines.slots import SlottedStage
 from omnistore.errors import InferenceError, StoreFull
 

@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from omninfer.arch import HEAD_NORM, Feature, ModelSpec, Rope, RopeKind
 from omninfer.arch.features import POST_ATTENTION_NORM, POST_FFN_NORM
 from omninfer.engines.checks import PackedTensor
+from omninfer.engines.fields import F32
 from omninfer.engines.ort_packed import PackedPart
 from omninfer.engines.ort_weights import REST_BLOCK, Form, Matrix, stacked
-from omninfer.engines.packing import F32
 from omnistore.errors import UnsupportedModel
 
 _MICROSOFT: Final = "com.microsoft"

@@ -1,13 +1,13 @@
 """Files of operands: a part's weights as ONNX Runtime wants them, which it maps while it loads.
 
 One file for each layer and one for the head: the operands of `ort_weights`, each at a page's start, and a
-BLAKE3 of it all. ONNX Runtime makes its own copy of a matrix and lets go of the mapping, so that no more than
-one matrix is in memory twice, however large the graph. Scales it copies too but keeps mapped: their pages
-are let go of, since it reads them again on few processors. The form is the same on all of them.
+BLAKE3 of the BLAKE3s of all of them. ONNX Runtime makes its own copy of a matrix and lets go of the mapping,
+so that no more than one matrix is in memory twice, however large the graph. Scales it copies too but keeps
+mapped: their pages are let go of, since it reads them again on few processors. The form is the same on all.
 
 Where a source says what its tensors come from (`interface.TracedSource`), the file is kept under that name
 and found again by the next start; elsewhere it is removed as soon as it was loaded. It is written aside and
-renamed when it is durable; one that is cut short or altered is noticed and made again.
+renamed when all of it is written; one that is cut short or altered is noticed and made again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import ctypes
 import logging
 import mmap
 import os
+import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,13 +29,13 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from omninfer.engines.fields import Room
 from omninfer.engines.interface import TensorSource, TracedSource
-from omninfer.engines.ort_weights import Matrix, Operand
-from omnistore.config import sync_directory
+from omninfer.engines.ort_weights import ROOM_BYTES, Matrix, Operand
 from omnistore.errors import StoreFull
-from omnistore.store.disk import sync_data
+from omnistore.store.disk import reserved, write_at
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of what `ort_weights` makes of a tensor, and of the order of it here: another one is another file."""
 PAGE: Final = mmap.ALLOCATIONGRANULARITY
 _DIGEST_BYTES: Final = 32
@@ -113,12 +114,12 @@ class PackedFolder:
         try:
             own.parent.mkdir(exist_ok=True)
             if kept is None:
-                write(own, part, self._source, durable=False)
+                write(own, part, self._source)
                 return name
-            if is_whole(kept, part.size):
+            if is_whole(kept, part):
                 os.utime(kept)  # the least recently used goes first
             else:
-                write(kept, part, self._source, durable=True)
+                write(kept, part, self._source)
             own.hardlink_to(kept)
         except OSError as error:
             raise StoreFull(
@@ -143,27 +144,32 @@ class PackedFolder:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
-def write(path: Path, part: PackedPart, source: TensorSource, *, durable: bool) -> None:
-    """Make a part's file. Its name is there only when all of it is, `durable` even after a power cut."""
-    with _aside(path) as aside, aside.open("w+b") as file:
-        os.ftruncate(file.fileno(), part.size + _DIGEST_BYTES)
-        for name, matrix in part.matrices.items():
-            matrix.repack(source, _Rows(file.fileno(), name, part.places).put)
-        os.pwrite(file.fileno(), _digest(file.fileno(), part.size), part.size)
-        if durable:
-            sync_data(file.fileno())
-    if durable:
-        sync_directory(path.parent)
+def write(path: Path, part: PackedPart, source: TensorSource) -> None:
+    """Make a part's file; its name is there only when all of it is written.
+
+    Nobody waits for the disk: what a power cut takes, the next start notices by its digest.
+    """
+    aside = path.with_name(f".{secrets.token_hex(8)}.new")
+    try:
+        with reserved(aside, part.size + _DIGEST_BYTES) as fd:
+            rows, room = _Rows(fd, part.places), Room(ROOM_BYTES)
+            for name, matrix in part.matrices.items():
+                matrix.repack(source, partial(rows.put, name), room)
+            write_at(fd, rows.digest(), part.size)
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def is_whole(path: Path, size: int) -> bool:
+def is_whole(path: Path, part: PackedPart) -> bool:
     """Whether a file is there and is what was written."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size + _DIGEST_BYTES:
+            if os.fstat(file.fileno()).st_size != part.size + _DIGEST_BYTES:
                 _log.warning("%s has another length than it was written with; it is made again", path)
                 return False
-            if os.pread(file.fileno(), _DIGEST_BYTES, size) == _digest(file.fileno(), size):
+            if os.pread(file.fileno(), _DIGEST_BYTES, part.size) == _digest(file.fileno(), part.places):
                 return True
             _log.warning("%s was altered; it is made again", path)
     except FileNotFoundError:
@@ -173,42 +179,40 @@ def is_whole(path: Path, size: int) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
 class _Rows:
-    """Writes the rows of one matrix's operands to their places."""
+    """Writes the rows of matrices' operands to their places, in order, and hashes them on the way."""
 
-    fd: int
-    name: str
-    places: Mapping[str, Place]
+    def __init__(self, fd: int, places: Mapping[str, Place]) -> None:
+        self._fd = fd
+        self._places = places
+        self._hashers = {name: blake3() for name in places}
 
-    def put(self, kind: str, row: int, rows: NDArray[Any]) -> None:
-        place = self.places[f"{self.name}.{kind}"]
+    def put(self, matrix: str, kind: str, row: int, rows: NDArray[Any]) -> None:
+        """Rows of an operand, the first of which is number `row`."""
+        name = f"{matrix}.{kind}"
+        place = self._places[name]
         stride = place.operand.nbytes // place.operand.shape[0]
         data = np.ascontiguousarray(rows, place.operand.dtype).data.cast("B")
-        at, done = place.offset + row * stride, 0
-        while done < len(data):
-            done += os.pwrite(self.fd, data[done:], at + done)
+        self._hashers[name].update(data)
+        write_at(self._fd, data, place.offset + row * stride)
+
+    def digest(self) -> bytes:
+        return _joined(self._hashers.values())
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A path beside another, which takes its place unless something is raised."""
-    fd, name = tempfile.mkstemp(prefix=".", suffix=".new", dir=path.parent)
-    os.close(fd)
-    try:
-        yield Path(name)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink()
-        raise
+def _joined(hashers: Iterable[blake3]) -> bytes:
+    """One digest of the digests of all operands: each is hashed while others are written between its rows."""
+    return blake3(b"".join(hasher.digest() for hasher in hashers)).digest()
 
 
-def _digest(fd: int, size: int) -> bytes:
-    hasher, buffer, at = blake3(), bytearray(_READ_BYTES), 0
-    while at < size:
-        count = os.preadv(fd, [memoryview(buffer)[: size - at]], at)
-        if not count:
-            break
-        hasher.update(memoryview(buffer)[:count])
-        at += count
-    return hasher.digest()
+def _digest(fd: int, places: Mapping[str, Place]) -> bytes:
+    buffer = memoryview(bytearray(_READ_BYTES))
+
+    def hashed(place: Place) -> blake3:
+        hasher, at, end = blake3(), place.offset, place.offset + place.operand.nbytes
+        while at < end and (count := os.preadv(fd, [buffer[: end - at]], at)):
+            hasher.update(buffer[:count])
+            at += count
+        return hasher
+
+    return _joined(hashed(place) for place in places.values())

@@ -24,16 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.engines.checks import PackedTensor
+from omninfer.engines.fields import F32, Bytes, Room, copied, halfs, moved, plain
 from omninfer.engines.interface import TensorSource
-from omninfer.engines.packing import F32, FORMS, PLAIN, Bytes, decode, halfs, k_scales, unpack
+from omninfer.engines.packing import FORMS, PLAIN, blocks_of, k_scales, unpack
 
 WITH_MINIMUMS: Final = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
 REST_BLOCK: Final = 32
 """Rests that share a scale."""
-STEP_BYTES: Final = 512 << 10
-"""Packed bytes taken apart at a time: with what comes of them they stay in a core's cache."""
+STEP_BYTES: Final = 2 << 20
+"""Packed bytes taken apart at a time. With less the threads that do it wait more for each other's GIL, with
+more they leave the cores' caches."""
+ROOM_BYTES: Final = 8 * STEP_BYTES
+"""Room for them and what comes of them, of which only what is used takes memory."""
 Put = Callable[[str, int, NDArray[Any]], None]
-"""Takes rows of an operand: its name, the first row's number, the rows."""
+"""Takes rows of an operand: its name, the first row's number, the rows, which are gone afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,11 @@ class Matrix:
             operands["rest_scales"] = Operand("float32", (rows, runs))
         return operands
 
-    def repack(self, source: TensorSource, put: Put) -> None:
-        """Read the tensors slab by slab and hand over their rows of every operand."""
+    def repack(self, source: TensorSource, put: Put, room: Room) -> None:
+        """Read the tensors slab by slab and hand over their rows of every operand, which lie in `room`."""
         for row, tensor, packed in _slabs(self.tensors, source):
-            for name, rows in _repacked(self.form, tensor.kind, packed).items():
+            room.clear()
+            for name, rows in _repacked(self.form, tensor.kind, packed, room).items():
                 put(name, row, rows)
 
 
@@ -135,64 +140,109 @@ def _slabs(
         at += tensor.rows
 
 
-def _repacked(form: Form, kind: str, packed: Bytes) -> dict[str, NDArray[Any]]:
+def _repacked(form: Form, kind: str, packed: Bytes, room: Room) -> dict[str, NDArray[Any]]:
     """The operands of some packed rows."""
     if form.bits == 32:
-        return {"dense": decode(kind, packed)}
-    if kind == "Q4_0":  # byte j of a block holds weights j and j + 16
-        blocks = packed.reshape(len(packed), -1, 18)
-        return {"codes": _pairs(blocks[..., 2:]), "scales": halfs(blocks[..., :2])[..., 0]}
-    if kind == "Q4_K":  # byte j of 32 holds weight j of two groups
-        blocks = packed.reshape(len(packed), -1, 144)
-        codes = _pairs(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
-        scales, minimums = (each.reshape(len(packed), -1) for each in k_scales(blocks))
-        return {"codes": codes, "scales": scales, **_minimums(form.bits, scales, minimums)}
-    groups = unpack(kind, packed)
-    if groups.minimums is None:
-        moved = np.uint8((1 << (form.bits - 1)) - groups.zero)
-        centred = groups.codes + moved if moved else groups.codes
-        return {"codes": _packed(centred, form.bits), "scales": groups.scales}
-    operands: dict[str, NDArray[Any]] = {"codes": _packed(groups.codes, form.bits), "scales": groups.scales}
-    return operands | _minimums(form.bits, groups.scales, groups.minimums)
+        return {"dense": plain(kind, packed, room)}
+    minimums: F32 | None = None
+    if kind in _PAIRED:
+        blocks = blocks_of(kind, packed)
+        start, width, run = _PAIRED[kind]
+        codes = _pairs(copied(blocks, start, width, room).reshape(-1, run), room)
+        if kind == "Q4_K":
+            scales, minimums = k_scales(blocks, room)
+        else:
+            scales = halfs(blocks, 0, room)
+            minimums = -halfs(blocks, 2, room) if form.minimums else None
+    else:
+        groups = unpack(kind, packed, room)
+        codes, scales, minimums = groups.codes, groups.scales, groups.minimums
+        if minimums is None:
+            codes += np.uint8((1 << (form.bits - 1)) - groups.zero)
+        codes = _packed(codes, form.bits, room)
+    scales = scales.reshape(len(packed), -1)
+    operands: dict[str, NDArray[Any]] = {"codes": codes.reshape(len(packed), -1), "scales": scales}
+    if minimums is None:
+        return operands
+    return operands | _minimums(form.bits, scales, minimums.reshape(scales.shape), room)
 
 
-def _minimums(bits: int, scales: F32, minimums: F32) -> dict[str, NDArray[Any]]:
+_PAIRED: Final = {"Q4_0": (2, 16, 16), "Q4_1": (4, 16, 16), "Q4_K": (16, 128, 32)}
+"""Where the bytes with codes lie in a block, how many they are, and how many hold a run of weights in their
+low nibbles and the next run in their high ones: such codes need no byte of their own on the way."""
+
+
+def _minimums(bits: int, scales: F32, minimums: F32, room: Room) -> dict[str, NDArray[Any]]:
     """The zeros and rests of rows [rows, blocks]."""
-    nearest = np.zeros_like(scales)
-    np.divide(minimums, scales, out=nearest, where=scales != 0)
-    zeros = np.clip(np.rint(nearest), 0, (1 << bits) - 1)
-    rest = scales * zeros - minimums
-    zeros = np.pad(zeros.astype(np.uint8), ((0, 0), (0, scales.shape[1] % 2)))
-    rest = np.pad(rest, ((0, 0), (0, -rest.shape[1] % REST_BLOCK))).reshape(len(rest), -1, REST_BLOCK)
-    steps = np.abs(rest).max(axis=-1) / np.float32(127)
-    rounded = np.rint(np.divide(rest, steps[..., None], out=np.zeros_like(rest), where=steps[..., None] != 0))
+    rows, blocks = scales.shape
+    runs = -(-blocks // REST_BLOCK)
+    zeros: F32 = room.array(scales.shape, np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.divide(minimums, scales, out=zeros)
+    absent = scales == 0
+    if absent.any():
+        zeros[absent] = 0
+    np.rint(zeros, out=zeros)
+    np.clip(zeros, 0, (1 << bits) - 1, out=zeros)
+    codes = room.array((rows, blocks + blocks % 2))
+    codes[:, blocks:] = 0
+    np.copyto(codes[:, :blocks], zeros, casting="unsafe")
+    padded = room.array((rows, runs * REST_BLOCK), np.float32)
+    padded[:, blocks:] = 0
+    rest = padded[:, :blocks]
+    np.multiply(scales, zeros, out=rest)
+    rest -= minimums
+    whole = padded.reshape(rows, runs, REST_BLOCK)
+    sizes = room.array(whole.shape, np.float32)
+    steps = _largest(np.abs(whole, out=sizes), room) / np.float32(127)
+    np.divide(whole, np.where(steps == 0, np.float32(1), steps)[..., None], out=whole)
+    np.rint(whole, out=whole)
+    whole += np.float32(128)
+    rests = room.array(whole.shape)
+    np.copyto(rests, whole, casting="unsafe")
     return {
-        "zeros": _packed(zeros, bits) if bits == 4 else zeros[:, : scales.shape[1]],
-        "rests": (rounded + 128).astype(np.uint8),
+        "zeros": _packed(codes, bits, room) if bits == 4 else codes[:, :blocks],
+        "rests": rests,
         "rest_scales": steps,
     }
 
 
-def _packed(codes: Bytes, bits: int) -> Bytes:
+def _largest(values: F32, room: Room) -> F32:
+    """Of each run [rows, runs, REST_BLOCK]; by halves, since numpy looks at the runs one by one."""
+    left = values.reshape(-1)
+    while left.size > values.size // REST_BLOCK:
+        left, pairs = room.array((left.size // 2,), np.float32), left
+        np.maximum(pairs[0::2], pairs[1::2], out=left)
+    return left.reshape(values.shape[:-1])
+
+
+def _packed(codes: Bytes, bits: int, room: Room) -> Bytes:
     """Codes as MatMulNBits reads them: of two neighbours in a byte the first is in the low nibble."""
     if bits == 8:
         return codes
-    pairs = np.ascontiguousarray(codes).view("<u2")
-    packed: Bytes = (pairs | pairs >> 4).astype(np.uint8)
+    pairs: NDArray[np.uint16] = codes.view("<u2")
+    high = room.array(pairs.shape, np.uint16)
+    packed: Bytes = room.array(pairs.shape)
+    np.right_shift(pairs, np.uint16(4), out=high)
+    high |= pairs
+    np.copyto(packed, high, casting="unsafe")
     return packed
 
 
-def _pairs(raw: Bytes) -> Bytes:
-    """[..., n] bytes with a weight in each nibble, all low ones before all high ones → [..., n] bytes with
-    neighbours in a byte; without a byte for each code between."""
-    words: NDArray[np.uint16] = np.ascontiguousarray(raw).view("<u2")
-    half = words.shape[-1]
-    codes = np.empty(raw.shape, np.uint8)
-    scratch = words & np.uint16(0x0F0F)
-    for into in (codes[..., :half], codes[..., half:]):
-        moved = scratch >> np.uint16(4)
-        np.bitwise_or(scratch, moved, out=moved)
-        into[...] = moved  # the high bytes hold what belongs to nobody
-        np.right_shift(words, np.uint16(4), out=scratch)
-        np.bitwise_and(scratch, np.uint16(0x0F0F), out=scratch)
-    return codes
+def _pairs(raw: Bytes, room: Room) -> Bytes:
+    """[n, width] bytes with a weight in each nibble, all low ones of a row before all high ones → [n, width]
+    bytes with neighbours in a byte; without a byte for each code between."""
+    words: NDArray[np.uint16] = raw.reshape(-1).view("<u2")
+    half = raw.shape[1] // 2
+    out: Bytes = room.array(raw.shape)
+    pairs, high = (room.array(words.shape, np.uint16) for _ in range(2))
+    plane: Bytes = room.array((len(raw), half))
+    for into, shift in ((out[:, :half], 0), (out[:, half:], 4)):
+        if shift:
+            np.right_shift(words, np.uint16(shift), out=pairs)
+        np.bitwise_and(pairs if shift else words, np.uint16(0x0F0F), out=pairs)
+        np.right_shift(pairs, np.uint16(4), out=high)
+        high |= pairs
+        np.copyto(plane.reshape(-1), high, casting="unsafe")  # the upper bytes hold what belongs to nobody
+        moved(into, plane)
+    return out

@@ -25,11 +25,21 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
-F32 = NDArray[np.float32]
+from omninfer.engines.fields import (
+    F32,
+    NIBBLES,
+    Bytes,
+    Room,
+    Steps,
+    assembled,
+    copied,
+    fifth_bits,
+    halfs,
+    looked_up,
+    plain,
+    spread,
+)
 
-# Plain integers would widen the arithmetic of the type checker, though not numpy's.
-_4, _LOW = np.uint8(4), np.uint8(15)
 _SIX, _LOWS, _TOPS = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
 
 
@@ -52,143 +62,131 @@ class Groups:
         return int(self.codes.shape[1]) // int(self.scales.shape[1])
 
 
-def halfs(raw: Bytes) -> F32:
-    """Little-endian halfs at the end of the axis, as float32."""
-    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
+def _q4_0(b: Bytes, room: Room) -> Groups:
+    return Groups(spread(copied(b, 2, 16, room), NIBBLES, 15, room), 4, 8, halfs(b, 0, room), None)
 
 
-def _nibbles(raw: Bytes) -> Bytes:
-    """[..., n] bytes → [..., 2n] codes: all low nibbles, then all high ones."""
-    count = raw.shape[-1]
-    codes = np.empty((*raw.shape[:-1], 2 * count), dtype=np.uint8)
-    np.bitwise_and(raw, _LOW, out=codes[..., :count])
-    np.right_shift(raw, _4, out=codes[..., count:])
-    return codes
+def _q4_1(b: Bytes, room: Room) -> Groups:
+    codes = spread(copied(b, 4, 16, room), NIBBLES, 15, room)
+    return Groups(codes, 4, 0, halfs(b, 0, room), -halfs(b, 2, room))
 
 
-def _fifth_bits(raw: Bytes) -> Bytes:
-    """[..., 4] bytes → [..., 32]: bit j of the little-endian word, moved to 16."""
-    return np.unpackbits(raw, axis=-1, bitorder="little") << _4
+def _q5_0(b: Bytes, room: Room) -> Groups:
+    codes = spread(copied(b, 6, 16, room), NIBBLES, 15, room)
+    codes |= fifth_bits(copied(b, 2, 4, room), room)
+    return Groups(codes, 5, 16, halfs(b, 0, room), None)
 
 
-def _q4_0(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 2:]), 4, 8, halfs(b[..., :2]), None)
+def _q5_1(b: Bytes, room: Room) -> Groups:
+    codes = spread(copied(b, 8, 16, room), NIBBLES, 15, room)
+    codes |= fifth_bits(copied(b, 4, 4, room), room)
+    return Groups(codes, 5, 0, halfs(b, 0, room), -halfs(b, 2, room))
 
 
-def _q4_1(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 4:]), 4, 0, halfs(b[..., :2]), -halfs(b[..., 2:4]))
+def _q8_0(b: Bytes, room: Room) -> Groups:
+    codes = copied(b, 2, 32, room)
+    codes ^= np.uint8(0x80)
+    return Groups(codes, 8, 128, halfs(b, 0, room), None)
 
 
-def _q5_0(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), 5, 16, halfs(b[..., :2]), None)
-
-
-def _q5_1(b: Bytes) -> Groups:
-    codes = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
-    return Groups(codes, 5, 0, halfs(b[..., :2]), -halfs(b[..., 2:4]))
-
-
-def _q8_0(b: Bytes) -> Groups:
-    return Groups(b[..., 2:] ^ np.uint8(0x80), 8, 128, halfs(b[..., :2]), None)
-
-
-def k_scales(b: Bytes) -> tuple[F32, F32]:
-    """Scales and minimums of the 8 groups of a Q4_K or Q5_K block: two halfs times 6-bit factors.
+def k_scales(b: Bytes, room: Room) -> tuple[F32, F32]:
+    """Scales and minimums of the 8 groups of Q4_K or Q5_K blocks: two halfs times 6-bit factors.
 
     The 12 bytes hold the factors of groups 0-3 in the low six bits of bytes 0-3 (scale) and 4-7
     (minimum); groups 4-7 have their low nibbles in bytes 8-11 and their top two bits above those six.
     """
     # Four factors at a time, as the bytes of a word.
-    words: NDArray[np.uint32] = np.ascontiguousarray(b[..., 4:16]).view("<u4")
+    words: NDArray[np.uint32] = copied(b, 4, 12, room).view("<u4")
     first, second, low = words[..., 0], words[..., 1], words[..., 2]
-    scales = np.stack((first & _SIX, (low & _LOWS) | (first >> 2 & _TOPS)), axis=-1)
-    minimums = np.stack((second & _SIX, (low >> 4 & _LOWS) | (second >> 2 & _TOPS)), axis=-1)
-    return (
-        halfs(b[..., :2]) * scales.view(np.uint8).astype(np.float32),
-        halfs(b[..., 2:4]) * minimums.view(np.uint8).astype(np.float32),
-    )
+    factors = room.array((2, len(b), 2), np.uint32)
+    np.bitwise_and(first, _SIX, out=factors[0, :, 0])
+    np.bitwise_or(low & _LOWS, first >> 2 & _TOPS, out=factors[0, :, 1])
+    np.bitwise_and(second, _SIX, out=factors[1, :, 0])
+    np.bitwise_or(low >> 4 & _LOWS, second >> 2 & _TOPS, out=factors[1, :, 1])
+    scales = room.array((2, len(b), 8), np.float32)
+    scales[...] = factors.view(np.uint8)
+    scales[0] *= halfs(b, 0, room)[:, None]
+    scales[1] *= halfs(b, 2, room)[:, None]
+    return scales[0], scales[1]
 
 
-def _k_nibbles(raw: Bytes) -> Bytes:
-    """[..., 128] bytes → [..., 256]: each 32 bytes hold two groups, one per nibble."""
-    quarters = raw.reshape(*raw.shape[:-1], 4, 32)
-    return _nibbles(quarters).reshape(*raw.shape[:-1], 256)
+def _q4_k(b: Bytes, room: Room) -> Groups:
+    # Each 32 bytes hold two groups, one per nibble.
+    codes = spread(copied(b, 16, 128, room).reshape(-1, 32), NIBBLES, 15, room)
+    return Groups(codes, 4, 0, *k_scales(b, room))
 
 
-def _q4_k(b: Bytes) -> Groups:
-    scales, minimums = k_scales(b)
-    return Groups(_k_nibbles(b[..., 16:]), 4, 0, scales, minimums)
+def _q5_k(b: Bytes, room: Room) -> Groups:
+    # Each 32 bytes hold two groups, one per nibble; group g has its fifth bits in bit g of 32 others.
+    low = [copied(b, start, 32, room) for start in range(48, 176, 32)]
+    fifth = copied(b, 16, 32, room)
+    codes = assembled([[(low[g // 2], g % 2 * 4, 15), (fifth, g - 4, 16)] for g in range(8)], room)
+    return Groups(codes, 5, 0, *k_scales(b, room))
 
 
-def _q5_k(b: Bytes) -> Groups:
-    scales, minimums = k_scales(b)
-    shifts = np.arange(8, dtype=np.uint8)[:, None]  # group g has its fifth bits in bit g of the 32 bytes
-    fifth = (b[..., None, 16:48] >> shifts & np.uint8(1)) << _4
-    codes = _k_nibbles(b[..., 48:]) | fifth.reshape(*b.shape[:-1], 256)
-    return Groups(codes, 5, 0, scales, minimums)
-
-
-def _q6_k(b: Bytes) -> Groups:
+def _q6_k(b: Bytes, room: Room) -> Groups:
     # Two halves of 128 weights: 64 bytes of nibbles and 32 bytes of top bits each.
-    low = _nibbles(b[..., :128].reshape(*b.shape[:-1], 2, 64))
-    shifts = np.array([[0], [2], [4], [6]], dtype=np.uint8)
-    high = (b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> shifts & np.uint8(3)) << _4
-    codes = low.reshape(*b.shape[:-1], 256) | high.reshape(*b.shape[:-1], 256)
-    factors = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
-    return Groups(codes, 6, 32, halfs(b[..., 208:210]) * factors, None)
+    codes = spread(copied(b, 0, 128, room).reshape(-1, 64), NIBBLES, 15, room)
+    codes |= spread(copied(b, 128, 64, room).reshape(-1, 32), (-4, -2, 0, 2), 0x30, room)
+    scales = room.array((len(b), 16), np.float32)
+    scales[...] = copied(b, 192, 16, room).view(np.int8)
+    scales *= halfs(b, 208, room)[:, None]
+    return Groups(codes, 6, 32, scales, None)
 
 
-def _q2_k(b: Bytes) -> Groups:
-    factors = b[..., :16]
-    scales = halfs(b[..., 80:82]) * (factors & _LOW).astype(np.float32)
-    minimums = halfs(b[..., 82:84]) * (factors >> _4).astype(np.float32)
-    return Groups(_crumbs(b[..., 16:80]), 2, 0, scales, minimums)
+def _q2_k(b: Bytes, room: Room) -> Groups:
+    factors = copied(b, 0, 16, room)
+    scales = halfs(b, 80, room)[:, None] * (factors & np.uint8(15)).astype(np.float32)
+    minimums = halfs(b, 82, room)[:, None] * (factors >> np.uint8(4)).astype(np.float32)
+    return Groups(_crumbs(b, 16, room), 2, 0, scales, minimums)
 
 
-def _crumbs(raw: Bytes) -> Bytes:
-    """[..., 64] bytes → [..., 256] codes of two bits: each 32 bytes hold four runs of 32."""
-    shifts = np.array([[0], [2], [4], [6]], dtype=np.uint8)
-    runs = raw.reshape(*raw.shape[:-1], 2, 1, 32) >> shifts & np.uint8(3)
-    return runs.reshape(*raw.shape[:-1], 256)
+def _crumbs(b: Bytes, start: int, room: Room) -> Bytes:
+    """256 codes of two bits: each 32 bytes hold four runs of 32."""
+    return spread(copied(b, start, 64, room).reshape(-1, 32), (0, 2, 4, 6), 3, room).reshape(len(b), 256)
 
 
-def _q3_k(b: Bytes) -> Groups:
+def _q3_k(b: Bytes, room: Room) -> Groups:
     # The third bit of the codes of run r of 32 is bit r of the first 32 bytes.
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    third = (b[..., None, :32] >> shifts & np.uint8(1)) << np.uint8(2)
-    codes = _crumbs(b[..., 32:96]) | third.reshape(*b.shape[:-1], 256)
+    codes = _crumbs(b, 32, room)
+    codes |= spread(copied(b, 0, 32, room), range(-2, 6), 4, room)
     # 16 factors of six bits: low nibbles in 8 bytes, then top bits, four factors a byte.
-    top = (b[..., None, 104:108] >> np.array([[0], [2], [4], [6]], dtype=np.uint8)) & np.uint8(3)
-    factors = _nibbles(b[..., 96:104]) | top.reshape(*b.shape[:-1], 16) << _4
-    signed = factors.view(np.int8) - np.int8(32)
-    return Groups(codes, 3, 4, halfs(b[..., 108:110]) * signed.astype(np.float32), None)
+    factors = spread(copied(b, 96, 8, room), NIBBLES, 15, room)
+    factors |= spread(copied(b, 104, 4, room), (-4, -2, 0, 2), 0x30, room)
+    return Groups(codes, 3, 4, halfs(b, 108, room)[:, None] * _signed(factors), None)
+
+
+def _signed(factors: Bytes) -> F32:
+    return (factors.view(np.int8) - np.int8(32)).astype(np.float32)
 
 
 # What a code of four bits stands for, moved to be positive: the steps of IQ4, the floats of MXFP4 doubled.
-_IQ4_STEPS: Final = np.array(quants.IQ4_NL.kvalues, dtype=np.int8).view(np.uint8) ^ np.uint8(0x80)
-_E2M1_STEPS: Final = np.array(quants.MXFP4.kvalues, dtype=np.int8).view(np.uint8) + np.uint8(12)
+_IQ4_STEPS: Final = Steps(np.array(quants.IQ4_NL.kvalues, dtype=np.int8).view(np.uint8) ^ np.uint8(0x80))
+_E2M1_STEPS: Final = Steps(np.array(quants.MXFP4.kvalues, dtype=np.int8).view(np.uint8) + np.uint8(12))
 
 
-def _iq4_nl(b: Bytes) -> Groups:
-    return Groups(_IQ4_STEPS[_nibbles(b[..., 2:])], 8, 128, halfs(b[..., :2]), None)
+# The scale is 2**(e - 127), halved since the steps are doubled; ldexp is exact to the last subnormal.
+_E8M0_HALVED: Final[F32] = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
 
 
-def _iq4_xs(b: Bytes) -> Groups:
-    low = b[..., 4:8, None] >> np.array([0, 4], dtype=np.uint8) & _LOW
-    top = b[..., 2:4, None] >> np.array([0, 2, 4, 6], dtype=np.uint8) & np.uint8(3)
-    factors = low.reshape(*b.shape[:-1], 8) | top.reshape(*b.shape[:-1], 8) << _4
-    signed = factors.view(np.int8) - np.int8(32)
-    codes = _nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
-    return Groups(_IQ4_STEPS[codes], 8, 128, halfs(b[..., :2]) * signed.astype(np.float32), None)
+def _iq4_nl(b: Bytes, room: Room) -> Groups:
+    return Groups(_IQ4_STEPS.of(copied(b, 2, 16, room), room), 8, 128, halfs(b, 0, room), None)
 
 
-def _mxfp4(b: Bytes) -> Groups:
-    # The scale is 2**(e - 127), halved since the steps are doubled; ldexp is exact to the last subnormal.
-    scales = np.ldexp(np.float32(1), b[..., :1].astype(np.int32) - 128).astype(np.float32)
-    return Groups(_E2M1_STEPS[_nibbles(b[..., 1:])], 5, 12, scales, None)
+def _iq4_xs(b: Bytes, room: Room) -> Groups:
+    factors = spread(copied(b, 4, 4, room).reshape(-1, 1), NIBBLES, 15, room).reshape(len(b), 8)
+    top = spread(copied(b, 2, 2, room).reshape(-1, 1), (-4, -2, 0, 2), 0x30, room)
+    factors |= top.reshape(len(b), 8)
+    codes = _IQ4_STEPS.of(copied(b, 8, 128, room).reshape(-1, 16), room)
+    return Groups(codes, 8, 128, halfs(b, 0, room)[:, None] * _signed(factors), None)
 
 
-_UNPACKERS: Final[Mapping[str, tuple[int, Callable[[Bytes], Groups]]]] = {
+def _mxfp4(b: Bytes, room: Room) -> Groups:
+    scales = looked_up(_E8M0_HALVED, b[:, 0], room)
+    return Groups(_E2M1_STEPS.of(copied(b, 1, 16, room), room), 5, 12, scales, None)
+
+
+_UNPACKERS: Final[Mapping[str, tuple[int, Callable[[Bytes, Room], Groups]]]] = {
     "Q4_0": (18, _q4_0),
     "Q4_1": (20, _q4_1),
     "Q5_0": (22, _q5_0),
@@ -232,11 +230,18 @@ DECODABLE: Final = SUPPORTED + LATTICES
 """Types that `decode` knows."""
 
 
-def unpack(kind: str, rows: Bytes) -> Groups:
-    """Take quantised rows apart: `rows` is [rows, bytes of a row], `kind` one of `QUANTISED`."""
-    size, unpacker = _UNPACKERS[kind]
+def blocks_of(kind: str, rows: Bytes) -> Bytes:
+    """Quantised rows [rows, bytes of a row] as [blocks, bytes of a block]."""
+    return rows.reshape(-1, _UNPACKERS[kind][0])
+
+
+def unpack(kind: str, rows: Bytes, room: Room | None = None) -> Groups:
+    """Take quantised rows apart: `rows` is [rows, bytes of a row], `kind` one of `QUANTISED`.
+
+    The answer, and what it takes to make it, lie in `room` if there is one and it is large enough.
+    """
+    groups = _UNPACKERS[kind][1](blocks_of(kind, rows), room or Room())
     count = len(rows)
-    groups = unpacker(rows.reshape(count, -1, size))
     return Groups(
         groups.codes.reshape(count, -1),
         groups.bits,
@@ -246,24 +251,24 @@ def unpack(kind: str, rows: Bytes) -> Groups:
     )
 
 
-def decode(kind: str, rows: Bytes) -> F32:
-    """The weights of packed rows as float32: `rows` is [rows, bytes of a row], `kind` of `DECODABLE`."""
+def decode(kind: str, rows: Bytes, room: Room | None = None) -> F32:
+    """The weights of packed rows as float32: `rows` is [rows, bytes of a row], `kind` of `DECODABLE`.
+
+    They lie in `room`, as what `unpack` answers.
+    """
+    room = room or Room()
     if kind in LATTICES:
         decoded: F32 = quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
         return decoded
-    if kind == "F32":
-        return rows.view("<f4").astype(np.float32)
-    if kind == "F16":
-        return rows.view("<f2").astype(np.float32)
-    if kind == "BF16":  # the upper half of a float32
-        return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    groups = unpack(kind, rows)
+    if kind in PLAIN:
+        return plain(kind, rows, room)
+    groups = unpack(kind, rows, room)
     # Around zero before they become floats: every type's codes fit into a signed byte then, and the
     # subtraction may wrap.
-    signed = groups.codes.view(np.int8)
     if groups.zero:
-        signed = (groups.codes - np.uint8(groups.zero)).view(np.int8)
-    weights = signed.astype(np.float32).reshape(*groups.scales.shape, groups.group)
+        np.subtract(groups.codes, np.uint8(groups.zero), out=groups.codes)
+    weights = room.array((*groups.scales.shape, groups.group), np.float32)
+    weights[...] = groups.codes.view(np.int8).reshape(weights.shape)
     weights *= groups.scales[..., None]
     if groups.minimums is not None:
         weights -= groups.minimums[..., None]

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omninfer.engines import StageSpec, TensorSource, get_engine
+from omninfer.engines.fields import F32
 from omninfer.engines.numpy_weights import Matrix
-from omninfer.engines.packing import F32, PLAIN
+from omninfer.engines.packing import PLAIN
 
 
 def rounded(kind: str, x: F32) -> F32:

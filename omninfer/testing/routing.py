@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from omninfer.arch import ModelSpec
 from omninfer.engines import StageSpec, get_engine
+from omninfer.engines.fields import F32
 from omninfer.engines.numpy_engine import NumpyStage
 from omninfer.engines.numpy_weights import DecodedMatrix
-from omninfer.engines.packing import F32
 from omninfer.testing.noise import NoiseSource
 
 GAIN: Final = 2.0

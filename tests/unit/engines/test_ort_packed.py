@@ -176,7 +176,7 @@ def test_operands_say_the_weights(tmp_path: Path, kind: str) -> None:
     """As MatMulNBits is documented to read them; only rests are rounded, to half a step."""
     spec, noise = noise_model(kind=kind)
     part = layer_part(spec, check_tensors(StageSpec.whole(spec), noise), 1)
-    ort_packed.write(tmp_path / "part", part, noise, durable=False)
+    ort_packed.write(tmp_path / "part", part, noise)
     data = np.fromfile(tmp_path / "part", np.uint8)
     for name, matrix in part.matrices.items():
         held = {

@@ -9,6 +9,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from omninfer.engines.checks import PackedTensor
+from omninfer.engines.fields import Room
 from omninfer.engines.mlx_weights import HalvedQuantMatrix, Matrix, QuantMatrix, load_matrix
 from omninfer.engines.packing import FORMS, LATTICES, PLAIN, QUANTISED, SUPPORTED, decode, unpack
 from omninfer.testing.noise import NoiseSource
@@ -63,6 +64,16 @@ def test_quantised_numbers_decode_to_the_same_bits(kind: str) -> None:
     packed = quantize(numbers, gguf.GGMLQuantizationType[kind]).view(np.uint8)
     assert np.array_equal(decode(kind, packed), reference(kind, packed))
     assert np.abs(decode(kind, packed) - numbers).max() < 0.6
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_a_room_is_used_again_and_need_not_be_large_enough(kind: str, size: int) -> None:
+    packed, room = random_blocks(kind), Room(size)
+    other = np.ascontiguousarray(packed[::-1])
+    for rows in (packed, other, packed):
+        room.clear()
+        assert decode(kind, rows, room).tobytes() == decode(kind, rows).tobytes()
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

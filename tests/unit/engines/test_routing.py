@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from omninfer.engines import StageSpec, get_engine
+from omninfer.engines.fields import F32
 from omninfer.engines.numpy_engine import NumpyStage
-from omninfer.engines.packing import F32
 from omninfer.testing.noise import noise_model
 from omninfer.testing.parity import DECIDED, MODELS, SMALL, tokens
 from omninfer.testing.routing import GAIN, decided
