@@ -47,6 +47,7 @@ RANKS: dict[str, int] = {
     "omnistore.net.circuits": 1,
     "omnistore.net.dialback": 1,
     "omnistore.net.frames": 1,
+    "omnistore.net.admission": 1,
     "omnistore.net.holepunch": 1,
     "omnistore.net.interface": 1,
     "omnistore.net.muxing": 1,

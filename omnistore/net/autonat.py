@@ -26,6 +26,7 @@ from omnistore.net.addresses import CIRCUIT
 from omnistore.net.dialback import Declined, DialBackLimits, DialBacks
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, Libp2pStream
+from omnistore.net.observed import agent_of
 from omnistore.net.reachability import Reachability, Vote, Votes, scope
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ ANSWER_SECONDS: Final = 20.0
 """For one peer to dial us at all our addresses; go-libp2p takes up to 15."""
 MAX_ADDRS: Final = 16
 """Of our addresses named in a question."""
+MISLED: Final = "js-libp2p"
+"""In the agent of peers that are not asked: @libp2p/autonat (3.0.28) takes the connection that the question
+came over for the one that it dialled, says that it failed, and closes it with all that runs there, circuits
+included."""
 
 
 @dataclass(slots=True, eq=False)
@@ -173,10 +178,13 @@ class Autonat:
         return {peer: found[peer] for peer in peers}
 
     async def _ask(self, peer: str) -> None:
-        answered = False
+        answered, vote = False, None
         try:
             with trio.fail_after(ANSWER_SECONDS):
-                vote = await self._ask_untrusted(peer)
+                if MISLED in await agent_of(self.network, peer):
+                    answered = True
+                else:
+                    vote = await self._ask_untrusted(peer)
             if vote is not None:
                 answered = True
                 self.votes.cast(peer, vote)

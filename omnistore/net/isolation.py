@@ -1,10 +1,12 @@
-"""What one peer does stays with that peer: three faults of py-libp2p 0.8.1 mended.
+"""What one peer does stays with that peer: four faults of py-libp2p 0.8.1 mended.
 
 - An exception in a stream's server, upstream's own included, tears down the whole host: here it
   ends that stream alone.
 - Nothing bounds the streams that a peer opens at once: here the rest are reset.
 - The slot of an inbound connection is kept until the node stops, so that a node takes only some
   hundred connections in its life: here it is freed when the connection closes.
+- Sockets on which nobody speaks take those slots for as long as a handshake may last, and connections
+  on which nothing runs for ever: here `admission` says who makes room.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Final
 import trio
 
 from omnistore.errors import OmniError
+from omnistore.net.admission import PENDING, Doorway, Guest, to_let_go
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +59,57 @@ def isolate_streams(swarm: Any) -> None:
     swarm.set_stream_handler(guarded)
 
 
-def free_inbound_slots(swarm: Any) -> None:
-    """Make the task of each inbound connection, and its slot, end with the connection."""
+def guard_inbound(swarm: Any, most: int) -> None:
+    """Make the task of each inbound connection, and its slot, end with it, and newcomers find room.
+
+    `most`: connections of the node. The library's own bound is to be `PENDING` above it.
+    """
     upgrade: Callable[[Any, Any], Awaitable[Any]] = swarm.upgrade_inbound_raw_conn
+    doorway: Doorway[Any] = Doorway()
+    since: dict[Any, tuple[str, float]] = {}
+    # Its bound counts those in the doorway too; ours are in `doorway` and `make_room`.
+    swarm._inbound_limiter = trio.CapacityLimiter(most + 2 * PENDING)
+
+    async def make_room(newest: Any) -> None:
+        connections = swarm.get_connections()
+        guests = [
+            Guest(conn.muxed_conn, *since[conn.muxed_conn], busy=bool(conn.get_streams()))
+            for conn in connections
+            if conn.muxed_conn in since
+        ]
+        if len(connections) > most and any(guest.connection is newest for guest in guests):
+            found = to_let_go(guests, newest, trio.current_time())
+            logger.info("a connection from %s makes room for others", since[found][0])
+            await hang_up(next(conn for conn in connections if conn.muxed_conn is found))
 
     async def upgrade_and_wait(raw_conn: Any, maddr: Any) -> None:
-        conn = await upgrade(raw_conn, maddr)
-        await conn.event_closed.wait()
+        address = raw_conn.get_remote_address()
+        host = str(address[0]) if address else ""
+        turned = doorway.came(raw_conn, host)
+        try:
+            if turned is not None:
+                await hang_up(turned)
+            conn = await upgrade(raw_conn, maddr)
+        finally:
+            doorway.left(raw_conn)
+        since[conn] = (host, trio.current_time())
+        try:
+            await make_room(conn)
+            await conn.event_closed.wait()
+        finally:
+            del since[conn]
         raise ConnectionEnded
 
     swarm.upgrade_inbound_raw_conn = upgrade_and_wait
+
+
+async def hang_up(conn: Any, patience: float = 1.0) -> None:
+    """Close a connection; never raises (cancellation aside)."""
+    with trio.move_on_after(patience):
+        try:
+            await conn.close()
+        except Exception as error:  # noqa: BLE001  # closing what is broken already fails in any way
+            logger.debug("closing a connection failed: %r", error)
 
 
 async def abort(stream: Any, patience: float = 2.0) -> None:

@@ -42,9 +42,10 @@ from omnistore.net.addresses import (
     parse_dialable_untrusted,
     parse_untrusted,
 )
+from omnistore.net.admission import PENDING
 from omnistore.net.dialing import MAX_ADDRESSES, Dialer
 from omnistore.net.interface import Provider, Stream, StreamServer
-from omnistore.net.isolation import abort, free_inbound_slots, isolate_streams
+from omnistore.net.isolation import abort, guard_inbound, isolate_streams
 from omnistore.net.quiet import quieten
 from omnistore.net.yamux import Liveness
 
@@ -337,8 +338,9 @@ def _new_host(
         connection_config=ConnectionConfig(
             min_connections=0,
             low_watermark=0,
-            high_watermark=options.connections,
-            max_connections=options.connections,
+            high_watermark=options.connections + PENDING,
+            # What is beyond is let go as soon as it is there: see `admission`.
+            max_connections=options.connections + PENDING,
             outbound_stream_protocol_negotiation_timeout=math.ceil(options.open_deadline),
         ),
     )
@@ -350,7 +352,7 @@ def _new_host(
     if options.psk is not None:
         private.install(swarm.upgrader, options.psk)
     isolate_streams(swarm)
-    free_inbound_slots(swarm)
+    guard_inbound(swarm, options.connections)
     # The library's own cuts the relay out of an address through one.
     own = Multiaddr(f"/p2p/{host.get_id()}")
     host.get_addrs = lambda: [addr.encapsulate(own) for addr in addrs_factory(host.get_transport_addrs())]

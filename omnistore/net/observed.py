@@ -30,6 +30,19 @@ async def observed_host(network: Network, peer: str) -> str | None:
     return address.host if address is not None else None
 
 
+async def agent_of(network: Network, peer: str) -> str:
+    """What program `peer` says it is; nothing if it does not say.
+
+    Raises `PeerUnreachable` or `RemoteProtocolError`.
+    """
+    stream = await network.open_stream(Provider(peer), PROTOCOL)
+    try:
+        answer = await _receive_untrusted(stream)
+    finally:
+        await stream.aclose()
+    return str(answer.agent_version)
+
+
 async def observed_untrusted(stream: Stream, own: str) -> Address | None:
     """From where the peer of an identify stream sees its connection; None if it does not say.
 

@@ -38,6 +38,7 @@ from omnistore.transfer.messages import (
 Fault = Literal[
     "lies",
     "stalls",
+    "halts",
     "trickles",
     "dies",
     "lacks",
@@ -51,12 +52,12 @@ Fault = Literal[
     "twice",
     "bad-bitmap",
 ]
-"""`lies`: a flipped byte in every block after the first few. `stalls`: sends nothing more. `trickles`: a
-byte a second. `dies`: resets in mid-block. `lacks`: holds nothing. `claims`: says it holds everything, then
-`missing`. `silent`: never greets. `floods`: answers that nobody asked for, without end. `garbage`:
-random bytes. `wrong-length`, `oversize`: a block that is a byte short, or larger than any.
-`unasked`: a block for an ask that was never made. `twice`: the same answer twice. `bad-bitmap`: a
-`holds` of the wrong length."""
+"""`lies`: a flipped byte in every block after the first few. `stalls`: sends nothing more. `halts`: the
+same, in the middle of a block. `trickles`: a byte a second. `dies`: resets in mid-block. `lacks`: holds
+nothing. `claims`: says it holds everything, then `missing`. `silent`: never greets. `floods`: answers
+that nobody asked for, without end. `garbage`: random bytes. `wrong-length`, `oversize`: a block that is a
+byte short, or larger than any. `unasked`: a block for an ask that was never made. `twice`: the same answer
+twice. `bad-bitmap`: a `holds` of the wrong length."""
 FAULTS: Final = get_args(Fault)
 BROKEN: Final = frozenset(
     {"lies", "floods", "garbage", "wrong-length", "oversize", "unasked", "twice", "bad-bitmap"}
@@ -136,10 +137,8 @@ class FaultyPeer:
                 for byte in data:
                     await stream.send_all(bytes((byte,)))
                     await trio.sleep(1)
-            case "dies":
-                await stream.send_all(encode(Deliver(ask, data)) + data[: len(data) // 2])
-                await stream.reset()
-                raise PeerUnreachable("died, as it was meant to")
+            case "dies" | "halts":
+                await self._break_off(stream, ask, data)
             case "claims":
                 await stream.send_all(encode(Missing((ask,))))
             case "floods":
@@ -154,11 +153,17 @@ class FaultyPeer:
                 await stream.send_all(len(body).to_bytes(LENGTH_SIZE, "big") + body)
             case "unasked":
                 await _send(stream, ask + 1_000_000, data)
-            case "twice":
-                await _send(stream, ask, data)
-                await _send(stream, ask, data)
             case _:
-                await _send(stream, ask, data)
+                for _ in range(2 if self.fault == "twice" else 1):
+                    await _send(stream, ask, data)
+
+    async def _break_off(self, stream: Stream, ask: int, data: bytes) -> None:
+        """Half a block."""
+        await stream.send_all(encode(Deliver(ask, data)) + data[: len(data) // 2])
+        if self.fault == "halts":
+            await trio.sleep_forever()
+        await stream.reset()
+        raise PeerUnreachable("died, as it was meant to")
 
 
 async def _send(stream: Stream, ask: int, data: bytes) -> None:

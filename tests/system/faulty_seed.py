@@ -1,6 +1,7 @@
-"""A seed with one fault: `faulty_seed.py HOME FAULT [AFTER]` serves HOME's blocks through a `FaultyPeer`.
+"""Seeds with one fault each: `faulty_seed.py HOME FAULT[,FAULT…] [AFTER]` serves HOME's blocks, badly.
 
-Prints one line of JSON, `{"peer_id", "addrs"}`, when it listens; ends when its stdin does. Not a test.
+Prints a line of JSON for each, `{"peer_id", "addrs", "fault"}`, when all listen; ends when its stdin does.
+Not a test.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,19 @@ from omnistore.testing.faulty import FaultyPeer
 from omnistore.transfer.messages import PROTOCOL
 
 
-async def main(home: Path, fault: Any, after: int) -> None:
+async def main(home: Path, faults: Sequence[Any], after: int) -> None:
     """Serve until stdin ends."""
     store = FileStore(Config(home))
-    async with open_network(PrivateKey(secrets.token_bytes(32)), ["/ip4/127.0.0.1/tcp/0"]) as network:
-        network.serve(PROTOCOL, FaultyPeer(store, fault, after).stream)
-        print(json.dumps({"peer_id": network.peer_id, "addrs": list(network.addrs())}), flush=True)
+    async with AsyncExitStack() as stack:
+        for fault in faults:
+            key = PrivateKey(secrets.token_bytes(32))
+            network = await stack.enter_async_context(open_network(key, ["/ip4/127.0.0.1/tcp/0"]))
+            network.serve(PROTOCOL, FaultyPeer(store, fault, after).stream)
+            told = {"peer_id": network.peer_id, "addrs": list(network.addrs()), "fault": fault}
+            print(json.dumps(told), flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
     store.close()
 
 
 if __name__ == "__main__":
-    trio.run(main, Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 3)
+    trio.run(main, Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]) if len(sys.argv) > 3 else 3)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 from libp2p.host.autonat.pb import autonat_pb2 as pb
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
@@ -26,6 +27,7 @@ from omnistore.net.autonat import PROTOCOL, Autonat, DialBackServer
 from omnistore.net.dialback import DialBackLimits
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
+from omnistore.net.observed import PROTOCOL as IDENTIFY
 from omnistore.net.reachability import Vote
 from omnistore.testing.tiny_gguf import tiny_model
 from tests.system.machines import PORT, Machine, internet
@@ -95,6 +97,24 @@ async def test_a_closed_port_is_closed_although_they_are_connected() -> None:
         assert vote is not None
         assert not vote.reached
         assert server.state.outcomes["failed"] == 1
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("agent", "asked"), [("omni/0.1", 1), ("helia/7.1.15 js-libp2p/3.3.11 node/22.21.0", 0)]
+)
+async def test_who_would_close_the_connection_for_it_is_not_asked(agent: str, asked: int) -> None:
+    async def identify(stream: Stream) -> None:
+        said = Identify(agent_version=agent).SerializeToString()
+        await stream.send_all(bytes((len(said),)) + said)
+
+    async with pair() as (asker, server):
+        server.network.serve(IDENTIFY, identify)
+        autonat = Autonat(asker, _addrs=frozenset(asker.addrs()))
+        await autonat._ask(server.network.peer_id)
+        assert server.state.outcomes["reached"] == asked
+        # Not again soon either.
+        assert not autonat.votes.to_ask({server.network.peer_id: "127.0.0.1"}, trio.current_time())
 
 
 @pytest.mark.trio

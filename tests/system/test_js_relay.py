@@ -105,8 +105,8 @@ async def test_we_are_reached_through_a_relay_of_js() -> None:
 def test_js_that_reached_us_through_a_relay_is_dialled_directly(tmp_path: Path) -> None:
     """It is public, we are behind a router.
 
-    AutoNAT is not tried with it: its server takes the connection that the question came over for the one that
-    it dialled, says that it failed, and closes it.
+    Nobody asks it by AutoNAT (see `autonat.MISLED`): the relay's question would close the connection that the
+    circuit runs over.
     """
     with internet() as net:
         there, middle = net.machine(1), net.machine(4)

@@ -59,7 +59,7 @@ OBSERVED: dict[str, Callable[[Node, ServeLimits], object]] = {
     "provider_timeout": lambda node, serve: node.limits.provider_timeout,
     "fetch_peers": lambda node, serve: node.limits.peers,
     "dial_timeout": lambda node, serve: node.network.dialer.deadline,
-    "connections": lambda node, serve: node.network.host.get_network().connection_config.max_connections,
+    "connections": lambda node, serve: node.network.options.connections,
     "serve_peers": lambda node, serve: serve.streams,
     "serve_memory": lambda node, serve: serve.memory,
     "serve_peer_memory": lambda node, serve: serve.ahead,
