@@ -64,29 +64,38 @@ async def find_lenders(routing: ContentRouting) -> Sequence[Provider]:
 async def ask_lender(
     network: Network, provider: Provider, engine: str, silence: float, *, named: bool
 ) -> Lending:
-    """Ask for a profile and measure the link.
+    """Ask for a profile and measure the link, over a stream of the newest version that the lender speaks.
 
     Raises `PeerUnreachable`, `RemoteProtocolError`, or `PlanInfeasible` for a refusal.
     """
+    failure = PeerUnreachable(f"the lender {provider.peer} told nothing of itself in {PROFILE_SECONDS:.0f} s")
+    started = trio.current_time()
     with trio.move_on_after(PROFILE_SECONDS):
-        link = await _open(network, provider, silence)
-        try:
-            return Lending(link, await _profile(link, engine), named)
-        except BaseException:
-            await link.reset()
-            raise
-    raise PeerUnreachable(f"the lender {provider.peer} told nothing of itself in {PROFILE_SECONDS:.0f} s")
+        for protocol in (frames.CACHING, frames.PROTOCOL):
+            try:
+                stream = await network.open_stream(provider, protocol)
+                caching = protocol == frames.CACHING
+                link = FrameLink(stream, "coordinator", silence=silence, caching=caching)
+                return Lending(link, await _asked(link, engine), named)
+            except PeerUnreachable as error:
+                # What it speaks may show only when it is to answer: it may speak 1.0.0, or not lend at all.
+                _log.debug("%s", error)
+                failure = PeerUnreachable(
+                    f"{provider.peer} does not answer as a lender: {error.message}",
+                    remedy="Check its address, and that `omni seed --compute` runs there.",
+                )
+            if trio.current_time() - started >= silence:
+                break
+    raise failure
 
 
-async def _open(network: Network, provider: Provider, silence: float) -> FrameLink:
-    """A stream of the newest version that the lender speaks. Raises `PeerUnreachable`."""
+async def _asked(link: FrameLink, engine: str) -> Machine:
+    """What a lender says of itself; without an answer the stream is reset."""
     try:
-        stream, caching = await network.open_stream(provider, frames.CACHING), True
-    except PeerUnreachable as error:
-        # It may speak 1.0.0 only; who can not be reached at all will say so again.
-        _log.debug("%s", error)
-        stream, caching = await network.open_stream(provider, frames.PROTOCOL), False
-    return FrameLink(stream, "coordinator", silence=silence, caching=caching)
+        return await _profile(link, engine)
+    except BaseException:
+        await link.reset()
+        raise
 
 
 async def _profile(link: FrameLink, engine: str) -> Machine:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from omninfer import frames
 from omninfer.cli.opening import Asked, open_model
 from omninfer.engines import ENGINES
 from omninfer.generation import generate
+from omninfer.lenders import ask_lender
+from omninfer.stage import Lender, LendOptions
+from omninfer.weights import NetworkWeights
 from omnistore.cid import CID
 from omnistore.cli.output import Output
 from omnistore.config import Config
+from omnistore.keys import PrivateKey
+from omnistore.net.interface import Provider
+from omnistore.net.libp2p import open_network
 from omnistore.store.files import FileStore
+from omnistore.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -373,6 +383,34 @@ def test_a_lender_that_is_not_there_is_named(
     done = omni("run", cid, "--prompt", "x", "--with", addr)
     assert done.returncode == 9
     assert lender.peer_id in done.stderr
+
+
+def test_a_seed_that_lends_nothing_is_named(
+    published: Callable[[Path], str], omni: Run, start_seed: StartSeed, tmp_path: Path
+) -> None:
+    cid = published(DEMO)
+    seed = start_seed(tmp_path / "seed")
+    done = omni("run", cid, "--prompt", "x", "--with", seed.addr)
+    assert done.returncode == 9
+    assert f"{seed.peer_id} does not answer as a lender" in done.stderr
+    assert "omni seed --compute" in done.stderr
+
+
+@pytest.mark.trio
+async def test_a_lender_of_the_first_version_is_spoken_to_in_it() -> None:
+    """What a peer does not speak shows on a real network only when it is to answer."""
+    async with (
+        open_network(PrivateKey(secrets.token_bytes(32)), ["/ip4/127.0.0.1/tcp/0"]) as old,
+        open_network(PrivateKey(secrets.token_bytes(32)), []) as network,
+    ):
+        store = MemoryStore()
+        options = LendOptions(memory=1 << 30, allow=None)
+        lender = Lender(old.peer_id, store, NetworkWeights(old, None, store), options)
+        old.serve(frames.PROTOCOL, partial(lender.serve, caching=False))
+        provider = Provider(await network.connect(old.addrs()[0]))
+        lending = await ask_lender(network, provider, "numpy", 10.0, named=True)
+        assert (lending.peer, lending.link.conversation.caching) == (old.peer_id, False)
+        await lending.link.aclose()
 
 
 # --- chat -----------------------------------------------------------------------------------
