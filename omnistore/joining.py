@@ -103,7 +103,7 @@ class Joining:
                 remedy="Check that it runs, and the address that `omni seed` printed there.",
             )
         raise PeerUnreachable(
-            "no node answers on the local network",
+            "no node answers on the local network" if ways.lan else "no node that was met before answers",
             remedy="Run `omni seed` on a machine of this network, or name one with --peer or --bootstrap.",
         )
 

@@ -23,10 +23,13 @@ async def open_client(
     """A node that joins through the bootstrap nodes, or whoever is near or was met before.
 
     `named`: a peer or server to ask was named, so that nobody is looked for but through bootstrap nodes.
-    Raises `PeerUnreachable` when nobody answers, unless somebody was named or `alone_ok`.
+    Unless somebody was named or `alone_ok`, raises `PeerUnreachable` when nobody answers and `InputError`
+    when there is nobody to ask.
     """
     from omnistore.node import NodeOptions, open_node
 
+    if not alone_ok:
+        check_reachable(settings, named=named)
     untold = not (named or settings.bootstrap)
     options = NodeOptions(
         bootstrap=settings.bootstrap,
@@ -43,10 +46,11 @@ def routing_of(node: Node, *, named: bool) -> ContentRouting | None:
     return node.routing if node.options.bootstrap or not named else None
 
 
-def check_reachable(settings: Config, what: str, *, named: bool, remedy: str = "") -> None:
-    """Raise `InputError` when there is nobody at all to ask for `what`."""
-    if not (named or settings.bootstrap or settings.mdns or recall(settings.home, time.time())):
-        raise InputError(
-            f"{what}, and there is nobody to ask for it",
-            remedy=f"Give a seed's address with --peer, or any node's with --bootstrap.{remedy}",
-        )
+def check_reachable(settings: Config, missing: str = "", *, named: bool, remedy: str = "") -> None:
+    """Raise `InputError` when there is nobody at all to ask for what is `missing`; `remedy`: what else to do."""
+    if named or settings.bootstrap or settings.mdns or recall(settings.home, time.time()):
+        return
+    raise InputError(
+        f"{missing}, and there is nobody to ask for it" if missing else "there is nobody to ask",
+        remedy=f"Give a seed's address with --peer, or any node's with --bootstrap.{remedy}",
+    )

@@ -15,6 +15,7 @@ Reaches into `Swarm._dial_addr_single_attempt` and replaces two methods.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -118,7 +119,8 @@ class Dialer:
         if won:
             return won[0]
         tried = "; ".join(failures) or ", ".join(str(addr) for addr in (*addresses, *circuits))
-        raise SwarmException(f"no address answered within {self.deadline:g} s ({tried})")
+        when = f"answered within {self.deadline:g} s" if race.cancelled_caught else "answers"
+        raise SwarmException(f"no address {when} ({tried})")
 
     def _addresses(self, peer_id: Any) -> tuple[Sequence[Any], Sequence[Address]]:
         """Those to dial, and those to dial through relays."""
@@ -144,7 +146,16 @@ class Dialer:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause: upstream wraps "connection refused" three times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The innermost cause: upstream wraps "connection refused" three times, and trio in a group."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
+    code = error.errno if isinstance(error, OSError) else None
+    if code is not None and code > 0:
+        # trio's own text names the address once more.
+        return os.strerror(code)
     return str(error) or type(error).__name__

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from omnistore.block import Block
+from omnistore.config import load_key
 from omnistore.testing.tiny_gguf import tiny_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -192,3 +194,19 @@ def test_reference_models(omni: Run, shared: Path, tmp_path: Path) -> None:
         cid = omni("add", source, "--copy").stdout.split()[-1]
         assert omni("export", cid, "--output", tmp_path / name).returncode == 0
         assert (tmp_path / name).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["pin", "CID"], ["run", "CID", "--prompt", "x"], ["providers", "CID"], ["pin", "PEER/name"]],
+    ids=" ".join,
+)
+def test_with_nobody_to_ask_a_command_says_so_and_waits_for_nobody(
+    words: list[str], omni: Run, home: Path
+) -> None:
+    home.mkdir()
+    (home / "config.toml").write_text("mdns = false\n")
+    named = {"CID": str(Block.node(b"\xa0").cid), "PEER/name": f"{load_key(home).public.peer_id}/name"}
+    done = omni(*[named.get(word, word) for word in words])
+    assert (done.returncode, "there is nobody to ask" in done.stderr) == (2, True), done.stderr
+    assert "--bootstrap" in done.stderr

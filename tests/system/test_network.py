@@ -365,6 +365,16 @@ async def test_a_silent_port_is_given_up_on(network: Libp2pNetwork) -> None:
 
 
 @pytest.mark.trio
+async def test_a_port_where_nobody_listens_is_told_in_few_words(network: Libp2pNetwork) -> None:
+    nobody = PrivateKey(secrets.token_bytes(32)).public.peer_id
+    with pytest.raises(PeerUnreachable) as caught:
+        await network.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{nobody}")
+    assert caught.value.message == (
+        f"can not reach {nobody}: no address answers (/ip4/127.0.0.1/tcp/1: Connection refused)"
+    )
+
+
+@pytest.mark.trio
 async def test_a_port_in_use_is_named(peer: Peer) -> None:
     with pytest.raises(BadConfig, match=f"port {peer.port} is in use"):
         async with opened(f"/ip4/127.0.0.1/tcp/{peer.port}"):
