@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 
-from omnistore.cli.home import with_caps, with_mdns
+from omnistore.cli.options import with_caps, with_hints, with_mdns
 from omnistore.cli.output import Output, with_output
-from omnistore.cli.web import with_hints
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:

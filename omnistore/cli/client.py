@@ -47,7 +47,10 @@ def routing_of(node: Node, *, named: bool) -> ContentRouting | None:
 
 
 def check_reachable(settings: Config, missing: str = "", *, named: bool, remedy: str = "") -> None:
-    """Raise `InputError` when there is nobody at all to ask for what is `missing`; `remedy`: what else to do."""
+    """Raise `InputError` when there is nobody at all to ask for what is `missing`.
+
+    `remedy`: what else a person can do.
+    """
     if named or settings.bootstrap or settings.mdns or recall(settings.home, time.time()):
         return
     raise InputError(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from omnistore.config import Config, settings
 from omnistore.settings import check_untrusted
@@ -49,26 +46,3 @@ def home_store() -> Iterator[FileStore]:
         yield store
     finally:
         store.close()
-
-
-def with_caps(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `--up-limit` and `--down-limit`, and pass what was given as `caps`, for `config`."""
-
-    @click.option("--up-limit", metavar="RATE", help="Most to send, over all peers, such as 10MB/s.")
-    @click.option("--down-limit", metavar="RATE", help="Most to fetch, over all peers, such as 10MB/s.")
-    @functools.wraps(command)
-    def capped(*args: Any, up_limit: str | None, down_limit: str | None, **kwargs: Any) -> None:
-        command(*args, caps={"up_limit": up_limit, "down_limit": down_limit}, **kwargs)
-
-    return capped
-
-
-def with_mdns(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `--no-mdns` to the settings that `with_caps` passes as `caps`."""
-
-    @click.option("--no-mdns", is_flag=True, help="Look for nobody on the local network, nor be found there.")
-    @functools.wraps(command)
-    def found(*args: Any, no_mdns: bool, caps: Mapping[str, Any], **kwargs: Any) -> None:
-        command(*args, caps={**caps, "mdns": False if no_mdns else None}, **kwargs)
-
-    return found

@@ -14,9 +14,10 @@ from omnistore.cid import CID
 from omnistore.cli import names
 from omnistore.cli.client import check_reachable, open_client, routing_of
 from omnistore.cli.fetching import View, fetch_view, peers_text
-from omnistore.cli.home import config, home_store, with_caps, with_mdns
+from omnistore.cli.home import config, home_store
+from omnistore.cli.options import with_caps, with_hints, with_mdns
 from omnistore.cli.output import Output, size, with_output
-from omnistore.cli.web import Sources, with_hints, with_sources
+from omnistore.cli.web import Sources, with_sources
 from omnistore.config import Config
 from omnistore.dht.names import publisher_untrusted
 from omnistore.http.client import running_seed

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from omnistore.cli.home import config, with_caps, with_mdns
+from omnistore.cli.home import config
+from omnistore.cli.options import with_caps, with_http, with_mdns
 from omnistore.cli.output import Output, size, with_output
-from omnistore.cli.web import with_http
 from omnistore.config import make_home
 from omnistore.errors import BadConfig
 

@@ -1,9 +1,9 @@
-"""What commands take of HTTP: the sources of a pin beside peers, and the port of a seed's gateway."""
+"""Whom a command is to fetch from, as it was named: peers, and web servers beside them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,28 +45,3 @@ def with_sources(command: Callable[..., None]) -> Callable[..., None]:
         command(*args, sources=Sources(peers, mirrors, gateways), **kwargs)
 
     return sourced
-
-
-def with_hints(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `--mirrors` to the settings that `home.with_caps` passes as `caps`."""
-
-    @click.option("--mirrors", "hints", is_flag=True, help="Also fetch from web servers that peers name.")
-    @functools.wraps(command)
-    def hinted(*args: Any, hints: bool, caps: Mapping[str, Any], **kwargs: Any) -> None:
-        command(*args, caps={**caps, "mirrors": hints or None}, **kwargs)
-
-    return hinted
-
-
-def with_http(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `--http` to the settings that `home.with_caps` passes as `caps`."""
-
-    @click.option(
-        "--http", metavar="[HOST:]PORT",
-        help="Answer IPFS programs over HTTP too; on this machine only, unless HOST says otherwise.",
-    )  # fmt: skip
-    @functools.wraps(command)
-    def served(*args: Any, http: str | None, caps: Mapping[str, str | None], **kwargs: Any) -> None:
-        command(*args, caps={**caps, "http": http}, **kwargs)
-
-    return served
