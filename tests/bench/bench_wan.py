@@ -8,6 +8,7 @@ root; without, it says so and does nothing. Three links: the rate alone, with 50
 the plain stream (trio, one connection, the same bytes) goes first, then the pins, in turns; the better round
 counts, for both. The stream is timed from the ask to the last byte there, a pin by its own `seconds`, which
 end with everything on the disk. Every pinned file is compared byte for byte. MB/s of 1e6 bytes of file.
+On a machine that is too slow for it, fewer rounds are run; what hangs is ended after five minutes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ TWO_SEEDERS = "50 ms, 1 % loss"
 PORT = 4200
 LATE_SHARE = 0.01
 """Share of late packets above which the figures say something about this machine, not the link."""
+ENOUGH = 150.0
+"""Seconds after which no link gets another round."""
+MOST = 290
+"""Seconds after which the whole is given up; all that it started ends with it."""
 
 
 # --- the plain stream -----------------------------------------------------------------------
@@ -122,8 +127,10 @@ def pin(bench: Bench, cid: str, addrs: list[str], link: Link) -> dict[str, Any]:
     return dict(done)
 
 
-def over(bench: Bench, cid: str, name: str, congestion: str | None, rounds: int) -> dict[str, Any]:
-    """All there is to measure over one link; the best of each."""
+def over(
+    bench: Bench, cid: str, name: str, congestion: str | None, rounds: int, until: float
+) -> dict[str, Any]:
+    """All there is to measure over one link, the best of each. Only a first round begins after `until`."""
     cases: dict[str, list[dict[str, Any]]] = {"tcp": [], "omni": []}
     with ExitStack() as stack:
         link = stack.enter_context(Link(LINKS[name], congestion))
@@ -135,7 +142,9 @@ def over(bench: Bench, cid: str, name: str, congestion: str | None, rounds: int)
         if name == TWO_SEEDERS:
             seeds.append(stack.enter_context(seeding(bench, link, "b", 4142)))
             cases["omni, two seeders"] = []
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number and time.perf_counter() > until:
+                break
             for case, found in cases.items():
                 if case == "tcp":
                     found.append(plain(link))
@@ -179,6 +188,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def measure(size: str, rounds: int, congestion: str | None) -> dict[str, Any]:
+    until = time.perf_counter() + ENOUGH
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         file = root / "bench.gguf"
@@ -186,7 +196,7 @@ def measure(size: str, rounds: int, congestion: str | None) -> dict[str, Any]:
             make_gguf([str(file), "--size", size])
         bench = Bench(root, file)
         cid = add(bench)
-        return {name: over(bench, cid, name, congestion, rounds) for name in LINKS}
+        return {name: over(bench, cid, name, congestion, rounds, until) for name in LINKS}
 
 
 def main() -> int:
@@ -216,6 +226,8 @@ def main() -> int:
         return 0
     # Ended from outside, it takes its namespaces and processes along all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"given up after {MOST} s: something hangs"))
+    signal.alarm(MOST)
     started = time.perf_counter()
     found = measure(options.size, options.rounds, options.congestion)
     faults = check(found)
