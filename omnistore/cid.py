@@ -43,6 +43,10 @@ class CID:
     binary: bytes
     """The 36 bytes of the binary form."""
 
+    def __hash__(self) -> int:
+        # Sets of a quarter of a million are common, and bytes know their hash.
+        return hash(self.binary)
+
     @classmethod
     def of_digest(cls, codec: int, digest: bytes) -> CID:
         """The CID of a BLAKE3-256 `digest` (32 bytes) under `codec` (`RAW` or `DAG_CBOR`)."""

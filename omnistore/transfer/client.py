@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +49,7 @@ from omnistore.manifest import (
 )
 from omnistore.net.interface import ContentRouting, Network, Provider, Stream, StreamServer
 from omnistore.store.interface import Assembly, Model, Store
+from omnistore.store.models import by_file
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
 from omnistore.transfer.hinting import Hinting, advised
@@ -276,6 +276,8 @@ class _Fetch:
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(2))
     nodes: dict[CID, Block] = field(default_factory=dict)
     """Every node of the model, until its assembly is open."""
+    links: dict[CID, tuple[Wanted, ...]] = field(default_factory=dict)
+    """The blocks of each part, by its node."""
     names: list[CID] = field(default_factory=list)
     """CIDs that the model's providers announce: the one asked for, then the manifest's."""
 
@@ -290,7 +292,7 @@ class _Fetch:
         refs = [ref for ref in manifest.parts if ref.key in chosen or ref.key.kind == "header"]
         parts = await self._parts(manifest, refs)
         headers, blocks = await self._headers(manifest, parts)
-        placements = resolve_untrusted(manifest, parts, headers)
+        placements = await self._thread(partial(resolve_untrusted, manifest, parts, headers))
         if self.web is not None:
             self.web.resolve(placements)
         model = Model(self.cid, manifest_cid, manifest, publisher, parts)
@@ -348,7 +350,7 @@ class _Fetch:
         # What peers hold of them is told while the nodes are on their way.
         self.swarm.name([ref.cid for ref in refs])
         nodes = await self._nodes([ref.cid for ref in refs])
-        parts = {ref.key: part_untrusted(nodes[ref.cid], ref) for ref in refs}
+        parts = await self._thread(partial(_decode, refs, nodes))
         if self.web is not None:
             self.web.learn(manifest, {ref.cid: parts[ref.key] for ref in refs})
             for provider in self.web.mirrors:
@@ -356,7 +358,7 @@ class _Fetch:
             self.swarm.finite = not self.discovers
         self.hinting.learn([entry.name for entry in manifest.files])
         # Ask every peer what it holds of everything now: the answers come in while headers are fetched.
-        await self.swarm.fetch([_want(ref.cid, parts[ref.key], frozenset()) for ref in refs], _nowhere)
+        await self.swarm.fetch((self._want(ref.cid, parts[ref.key], frozenset()) for ref in refs), _nowhere)
         return parts
 
     async def _nodes(self, cids: Sequence[CID]) -> dict[CID, Block]:
@@ -399,7 +401,7 @@ class _Fetch:
             ref = manifest.part(part.key)
             lacking = frozenset(part.blocks) - blocks.keys()
             if ref is not None and lacking:
-                wants.append(_want(ref.cid, part, lacking))
+                wants.append(self._want(ref.cid, part, lacking))
         await self.swarm.fetch(wants, keep)
         headers = []
         for part, entry in zip(by_file, manifest.files, strict=True):
@@ -413,13 +415,10 @@ class _Fetch:
     async def _blocks(
         self, model: Model, placements: Sequence[Placement], missing: Sequence[Placement], assembly: Assembly
     ) -> None:
-        lacking = {placement.cid for placement in missing}
         refs = {ref.key: ref.cid for ref in model.manifest.parts}
-        wanted_parts = {placement.part for placement in missing}
-        total = sum(placement.size for placement in placements)
-        sizes = Counter[int]()
-        for placement in placements:
-            sizes[placement.file] += placement.size
+        lacking = await self._thread(partial(_by_part, missing))
+        sizes = await self._thread(partial(by_file, placements))
+        total = sum(sizes.values())
 
         def tell() -> None:
             fetched = self.swarm.tally.bytes
@@ -435,12 +434,19 @@ class _Fetch:
         tell()
         self.swarm.progressed = tell
         urgent = frozenset(self.options.urgent(model.manifest))
-        wants = [
-            _want(refs[key], model.parts[key], lacking, urgent=key in urgent)
-            for key in sorted(wanted_parts, key=lambda k: k.rank)
-        ]
+        wants = (
+            self._want(refs[key], model.parts[key], lacking[key], urgent=key in urgent)
+            for key in sorted(lacking, key=lambda k: k.rank)
+        )
         await self.swarm.fetch(wants, assembly.write)
         tell()
+
+    def _want(self, ref: CID, part: Part, lacking: Collection[CID], *, urgent: bool = False) -> WantsAdded:
+        """Want those blocks of `part` (whose node is `ref`) that are in `lacking`."""
+        if (blocks := self.links.get(ref)) is None:
+            blocks = self.links[ref] = tuple(Wanted(cid, size) for cid, size in part.links())
+        mask = sum(1 << index for index, block in enumerate(blocks) if block.cid in lacking)
+        return WantsAdded(ref, blocks, mask, urgent)
 
     async def _thread(self, work: Callable[[], _T]) -> _T:
         result: _T = await trio.to_thread.run_sync(work, limiter=self.threads)
@@ -466,11 +472,16 @@ def _by_file(
     )
 
 
-def _want(ref: CID, part: Part, lacking: Collection[CID], *, urgent: bool = False) -> WantsAdded:
-    """Want those blocks of `part` (whose node is `ref`) that are in `lacking`."""
-    links = part.links()
-    mask = sum(1 << index for index, (cid, _) in enumerate(links) if cid in lacking)
-    return WantsAdded(ref, tuple(Wanted(cid, size) for cid, size in links), mask, urgent)
+def _decode(refs: Sequence[PartRef], nodes: Mapping[CID, Block]) -> dict[PartKey, Part]:
+    return {ref.key: part_untrusted(nodes[ref.cid], ref) for ref in refs}
+
+
+def _by_part(placements: Iterable[Placement]) -> dict[PartKey, set[CID]]:
+    """The blocks that lie there, by the part they belong to."""
+    found: dict[PartKey, set[CID]] = {}
+    for placement in placements:
+        found.setdefault(placement.part, set()).add(placement.cid)
+    return found
 
 
 def _read_held(store: Store, cids: Sequence[CID]) -> dict[CID, Block]:

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
 
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError
+
+_INDEX_BITS: Final = 32
+"""Of a place written as one number: the group's number above the block's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class Group:
     blocks: tuple[Wanted, ...]
     tie: float
     """Breaks ties between equally rare groups, differently in every session of a swarm."""
+    number: int = 0
+    """By which the demand knows it."""
     pending: int = 0
     """Blocks wanted and asked of nobody."""
     unfinished: int = 0
@@ -86,6 +93,16 @@ class Group:
         return mask if mask <= self.all else None
 
 
+def chosen(blocks: Sequence[Wanted], mask: int) -> Iterator[tuple[int, Wanted]]:
+    """Index and block of each that is in `mask`."""
+    every = mask == (1 << len(blocks)) - 1
+    return ((index, block) for index, block in enumerate(blocks) if every or mask >> index & 1)
+
+
+def _index(place: int) -> int:
+    return place & (1 << _INDEX_BITS) - 1
+
+
 Places = list[tuple[Group, int]]
 """Where one CID lies: groups and the bit in each, as a mask of one bit."""
 
@@ -131,8 +148,13 @@ class Demand:
         self._rng = rng
         self._groups: list[Group] = []
         self._by_part: dict[CID, Group] = {}
-        self._places: dict[CID, Places] = {}
-        self._wanted: dict[CID, Wanted] = {}
+        self._numbers = count()
+        self._numbered: dict[int, Group] = {}
+        # A number for each block, not an object: there may be a quarter of a million, and the collector of
+        # garbage would look through them all, again and again.
+        self._place: dict[CID, int] = {}
+        self._more: dict[CID, list[int]] = {}
+        """The further places of blocks that lie in several."""
         self._everyone: Sequence[Holdings] = ()
         self._sorted = True
         self._tiers: tuple[_Tier, ...] = ()
@@ -146,25 +168,32 @@ class Demand:
         new = group is None
         self._sorted = False
         if group is None:
-            group = Group(part, tuple(blocks), tie)
+            group = Group(part, tuple(blocks), tie, next(self._numbers))
             self._groups.append(group)
+            self._numbered[group.number] = group
             if part is not None:
                 self._by_part[part] = group
         elif group.blocks != tuple(blocks):
             raise LocalProtocolError(f"part {part} was given with other blocks before")
-        for index, block in enumerate(group.blocks):
-            bit = 1 << index
-            if not wanted & bit:
-                continue
-            first = block.cid not in self._wanted
-            self._wanted[block.cid] = block
-            places = self._places.setdefault(block.cid, [])
-            if not any(other is group and at == bit for other, at in places):
-                places.append((group, bit))
-                pending = first or any(g.pending & b for g, b in places)
-                group.unfinished |= bit
-                group.pending |= bit if pending else 0
+        at, known = group.number << _INDEX_BITS, []
+        for index, block in chosen(group.blocks, wanted):
+            if self._place.setdefault(block.cid, at | index) != at | index or group.unfinished >> index & 1:
+                known.append(index)
+        for index in known:
+            wanted &= ~(1 << index)
+        group.unfinished |= wanted
+        group.pending |= wanted
+        for index in known:
+            self._also(group, index)
         return group if new else None
+
+    def _also(self, group: Group, index: int) -> None:
+        """Want a block here too that is wanted already, be it here."""
+        cid, bit, places = group.blocks[index].cid, 1 << index, self.places(group.blocks[index].cid)
+        if (group, bit) not in places:
+            self._more.setdefault(cid, []).append(group.number << _INDEX_BITS | index)
+            group.unfinished |= bit
+            group.pending |= bit if any(other.pending & at for other, at in places) else 0
 
     def hurry(self, part: CID | None) -> None:
         """Want this part before those that nobody waits for."""
@@ -187,30 +216,39 @@ class Demand:
         return self._by_part.get(part)
 
     def wanted(self, cid: CID) -> Wanted | None:
-        """What is known of a block that is, or was, wanted."""
-        return self._wanted.get(cid)
+        """What is known of a block that is wanted."""
+        place = self._place.get(cid)
+        return None if place is None else self._numbered[place >> _INDEX_BITS].blocks[_index(place)]
 
     def places(self, cid: CID) -> Places:
         """Where a wanted block lies."""
-        return self._places.get(cid, [])
+        place = self._place.get(cid)
+        if place is None:
+            return []
+        return [
+            (self._numbered[at >> _INDEX_BITS], 1 << _index(at)) for at in (place, *self._more.get(cid, ()))
+        ]
 
     def missing(self) -> list[CID]:
         """Every block wanted and not finished."""
-        return [cid for cid, places in self._places.items() if any(g.unfinished & b for g, b in places)]
+        return list(self._place)
 
     def take(self, cid: CID) -> None:
         """The block was asked of somebody."""
-        for group, bit in self._places[cid]:
+        for group, bit in self.places(cid):
             group.pending &= ~bit
 
     def release(self, cid: CID) -> None:
         """Nobody is being asked for the block any more."""
-        for group, bit in self._places[cid]:
+        for group, bit in self.places(cid):
             group.pending |= bit
 
     def finish(self, cid: CID) -> None:
         """The block was verified."""
-        for group, bit in self._places.pop(cid):
+        places = self.places(cid)
+        del self._place[cid]
+        self._more.pop(cid, None)
+        for group, bit in places:
             group.pending &= ~bit
             group.unfinished &= ~bit
             if not group.unfinished:
@@ -218,7 +256,7 @@ class Demand:
                     tier.forget(group)
                 if group.part is None:
                     self._groups.remove(group)
-        del self._wanted[cid]
+                    del self._numbered[group.number]
 
     def weigh(self, everyone: Iterable[Holdings]) -> None:
         """Take note of who is joined: call when somebody joined or left."""

@@ -28,7 +28,7 @@ from typing import Any, Final
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError
 from omnistore.transfer import events as e
-from omnistore.transfer.demand import Demand, Group, Wanted
+from omnistore.transfer.demand import Demand, Group, Wanted, chosen
 from omnistore.transfer.life import TRANSITIONS, BlockState
 from omnistore.transfer.rate import TokenBucket
 from omnistore.transfer.source import Ask, Source, late_asks, replaceable
@@ -122,8 +122,8 @@ class Session:
 
     def _on_wants(self, event: e.WantsAdded, now: float) -> None:
         group = self._demand.add(event.part, event.blocks, event.wanted, self._rng())
-        for index, block in enumerate(event.blocks):
-            if event.wanted >> index & 1 and block.cid not in self._states:
+        for _, block in chosen(event.blocks, event.wanted):
+            if block.cid not in self._states:
                 self._states[block.cid] = BlockState.WANTED
                 self.wanted_bytes += block.size
         if not self._busy:

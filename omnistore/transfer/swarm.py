@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -196,15 +196,26 @@ class Swarm:
         """Have peers say what they hold of parts whose blocks are wanted once they are known."""
         self._dispatch(e.PartsNamed(tuple(parts)))
 
-    async def fetch(self, wants: Sequence[e.WantsAdded], sink: Sink) -> None:
-        """Have every block of `wants` verified and given to `sink`. Raises `NetworkError` or `StoreError`."""
-        self._sink, self._finished = sink, trio.Event()
+    async def fetch(self, wants: Iterable[e.WantsAdded], sink: Sink) -> None:
+        """Have every block of `wants` verified and given to `sink`. Raises `NetworkError` or `StoreError`.
+
+        Each part is asked for before the next is looked at: a large model has a hundred thousand blocks.
+        """
+        self._sink, self._finished, some = sink, trio.Event(), False
         for want in wants:
+            if want.wanted and self._finished.is_set() and self._failure is None:
+                # What was wanted before is all here already.
+                self._finished = trio.Event()
+            some |= want.wanted > 0
             self._dispatch(want)
-        if any(want.wanted for want in wants):
+            await self._let_others_run()
+        if some:
             await self._finished.wait()
         if self._failure is not None:
             raise self._failure
+
+    async def _let_others_run(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     # --- events and commands ----------------------------------------------------------------
 
