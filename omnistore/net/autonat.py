@@ -155,8 +155,7 @@ class Autonat:
             await self._ask_around()
 
     async def _ask_around(self) -> None:
-        direct = frozenset(addr for addr in self.network.addrs() if CIRCUIT not in addr)
-        direct -= {f"{addr}/p2p/{self.network.peer_id}" for addr in self.network.confirmed}
+        direct = self.network.claimed()
         if direct != self._addrs:
             self._addrs = direct
             self.votes.clear()

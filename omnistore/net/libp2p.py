@@ -179,6 +179,15 @@ class Libp2pNetwork:
         """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
         return [str(addr) for addr in self.host.get_addrs()]
 
+    def bound(self) -> list[Address]:
+        """Where we listen: wildcards as the addresses of this machine's interfaces."""
+        return _bound(self.host.get_transport_addrs())
+
+    def claimed(self) -> frozenset[str]:
+        """Our multiaddrs without relays, as we know them without anybody's word."""
+        outside = [parse_untrusted(text).transport for text in self.options.announce]
+        return frozenset((*outside, *(address.transport for address in self.bound())))
+
     def peers(self) -> Sequence[str]:
         """The peers we are connected to."""
         return [str(peer) for peer in self.host.get_connected_peers()]
@@ -369,9 +378,12 @@ def _direct_connections(swarm: Any, peer: Any) -> list[Any]:
 
 
 def _dialable(bound: Sequence[Any], outside: Sequence[Address], circuits: Sequence[str]) -> list[Any]:
-    inside = expand((parse_untrusted(str(addr)) for addr in bound), interface_addresses() if bound else ())
-    direct = [address.transport for address in dict.fromkeys((*outside, *inside))]
+    direct = [address.transport for address in dict.fromkeys((*outside, *_bound(bound)))]
     return [Multiaddr(text) for text in (*direct, *circuits)]
+
+
+def _bound(addrs: Sequence[Any]) -> list[Address]:
+    return expand((parse_untrusted(str(addr)) for addr in addrs), interface_addresses() if addrs else ())
 
 
 def _check_listening(host: Any, wanted: Sequence[Address]) -> None:

@@ -23,7 +23,7 @@ from omnistore.http.client import running_seed
 from omnistore.keys import PrivateKey
 from omnistore.net import delimited
 from omnistore.net.addresses import CIRCUIT
-from omnistore.net.autonat import PROTOCOL, Autonat, DialBackServer
+from omnistore.net.autonat import LOOK_EVERY, PROTOCOL, Autonat, DialBackServer
 from omnistore.net.dialback import DialBackLimits
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
@@ -231,6 +231,18 @@ def test_who_is_public_and_who_is_behind_a_router(tmp_path: Path) -> None:
         outside = f"/ip4/{router.host}/tcp/{PORT}"
         assert outside in forwarded.event("moved")["addrs"][0]
         assert forwarded.event("reachability")["addrs"] == [outside]
+
+
+def test_a_confirmed_address_is_still_where_we_listen(tmp_path: Path) -> None:
+    """It counted as none of ours any more: the votes were void, those of the only address again and again."""
+    with internet() as net:
+        every = net.crowd((1, 2, 3), tmp_path)
+        machine = net.machine(4)
+        seed = machine.seed(tmp_path / "fourth", "--listen", f"/ip4/{machine.host}/tcp/{PORT}", *every)
+        assert seed.event("reachability")["state"] == "public"
+        time.sleep(3 * LOOK_EVERY)
+        assert not [event for event in seed.told() if event["event"] == "reachability"][1:]
+        assert status(machine, seed)["state"] == "public"
 
 
 def test_the_doctor_says_where_no_hole_can_be_punched(tmp_path: Path) -> None:
