@@ -63,7 +63,7 @@ def test_the_file_says_whom_to_ask_and_the_command_line_overrides_it(
     (home / FILE_NAME).write_text(f'bootstrap = ["{dead}"]')
     refused = omni("pin", cid)
     assert refused.returncode == 9
-    assert "127.0.0.1:1 " in refused.stderr
+    assert "/ip4/127.0.0.1/tcp/1:" in refused.stderr
     assert omni("pin", cid, "--bootstrap", addr).returncode == 0
     (home / FILE_NAME).write_text(f'bootstrap = ["{addr}"]')
     other = omni("pin", cid, "--output", tmp_path / "out.gguf")
