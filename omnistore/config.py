@@ -44,6 +44,11 @@ class Config:
     mdns: bool = setting(
         True, "yes/no", "Find, and be found by, other nodes on the local network without any address."
     )
+    port_mapping: str = setting(
+        "off", "off/upnp",
+        "Whether a seed asks the router, over UPnP, to forward its port, for an hour at a time. off: the"
+        " router is not spoken to, and what it lets in stays its owner's choice.",
+    )  # fmt: skip
     relay: bool = setting(
         False, "yes/no", "Whether a seed relays for nodes that nobody can dial: it costs their traffic twice."
     )

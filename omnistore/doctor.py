@@ -32,7 +32,7 @@ from omnistore.net.addresses import (
     parse_untrusted,
 )
 from omnistore.net.reachability import described
-from omnistore.node import Node, NodeEvent, NodeOptions, open_node
+from omnistore.node import ROUTER_PATIENCE, Node, NodeEvent, NodeOptions, open_node
 
 CHECKS: Final = "omni.checks"
 """Entry point group: functions without arguments that return findings."""
@@ -193,6 +193,7 @@ async def check_network(config: Config, *, listen: bool = False) -> Sequence[Fin
         listen=(config.listen or default_listen()) if listen else (),
         bootstrap=config.bootstrap,
         announce=config.announce,
+        map_port=config.port_mapping == "upnp",
         lan=config.mdns,
         recall=True,
         alone_ok=True,
@@ -233,6 +234,7 @@ async def _ask_seed(seed: LocalSeed, config: Config) -> list[Finding]:
         *findings,
         _seed_in_dht(len(connected), status["announcements"]),
         _seed_nat(status["reachability"]),
+        *_seed_mapping(status["reachability"]),
     ]
 
 
@@ -255,6 +257,11 @@ def _seed_nat(found: Mapping[str, Any]) -> Finding:
     if found["state"] == "unknown":
         return Finding("nat", "unknown", found["text"])
     return Finding("nat", "warning" if found["state"] == "private" else "ok", found["text"], found["remedy"])
+
+
+def _seed_mapping(found: Mapping[str, Any]) -> list[Finding]:
+    told = found.get("mapping")  # a seed that was started before an update does not say
+    return [] if told is None else [_mapping(told["addr"], told["text"], told["remedy"])]
 
 
 async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> list[Finding]:
@@ -282,11 +289,13 @@ async def _look_around(config: Config, node: Node, tries: Sequence[Joined]) -> l
             *findings,
             Finding("nat", "unknown", "nobody is there to see this machine"),
         ]
+    mapping = await _node_mapping(node)
     nat = await _nat(node)
     return [
         *findings,
         await _look_up(node),
         nat,
+        *mapping,
         *([await _punching(node)] if nat.state == "warning" else []),
     ]
 
@@ -304,13 +313,26 @@ async def _look_up(node: Node) -> Finding:
     return Finding("dht", "ok", f"{answered} nodes answered a look-up of a random key, in {took:.1f} s")
 
 
+async def _node_mapping(node: Node) -> list[Finding]:
+    """What the router tells this node about forwarding a port, if it is asked."""
+    if node.mapper is None:
+        return []
+    with trio.move_on_after(ROUTER_PATIENCE):
+        await node.mapper.answered.wait()
+    return [_mapping(node.mapper.address, *node.mapper.described())]
+
+
+def _mapping(addr: str | None, text: str, remedy: str | None) -> Finding:
+    return Finding("port mapping", "ok" if addr is not None else "warning", text, remedy)
+
+
 async def _nat(node: Node) -> Finding:
     """Whether others can connect here, as they tell this node now."""
     if node.autonat is not None:
         with trio.move_on_after(NAT_PATIENCE):
             await node.autonat.ask_around()
         found = node.autonat.reachability
-        state, (text, remedy) = found.state, described(found)
+        state, (text, remedy) = found.state, described(found, mapping=node.mapper is not None)
     else:
         state, text, remedy = "unknown", "this node could not listen, so that nobody tried to connect", None
     if state != "unknown":

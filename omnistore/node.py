@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # importing libp2p takes half a second: only where a node sta
     from omnistore.net.dcutr import HolePunching
     from omnistore.net.libp2p import Libp2pNetwork
     from omnistore.net.relay import Relay
+    from omnistore.net.upnp import PortMapper
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,10 @@ SERVICES: Final = "omni.services"
 """Entry point group of what other packages run inside a node, such as `compute`."""
 WATCH_EVERY: Final = 1.0
 """Seconds between looks at the index for what other processes did; a look takes microseconds."""
+
+
+ROUTER_PATIENCE: Final = 12.0
+"""Seconds for the router to answer, where it is asked; that there is none is known after nine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The addresses that others can dial changed: a relay was won or lost, or others found one of ours."""
+    """The addresses that others can dial changed: by a relay, the router, or what others found out."""
 
     addrs: tuple[str, ...]
 
@@ -78,6 +84,18 @@ class Reached:
 
 
 @dataclass(frozen=True, slots=True)
+class PortMapped:
+    """What the router says about forwarding a port to this node became known, or changed."""
+
+    addr: str | None
+    """The multiaddr outside; None where there is none."""
+    why: str | None
+    """Why the last attempt failed, in a word or two; with an address that still stands, perhaps."""
+    text: str
+    """For people."""
+
+
+@dataclass(frozen=True, slots=True)
 class Direct:
     """A peer that was connected through a relay is connected directly now."""
 
@@ -86,7 +104,7 @@ class Direct:
     """`reversal`: one end dialled the other, which is public. `punch`: both dialled at once."""
 
 
-NodeEvent: TypeAlias = Announced | Direct | Joined | Moved | Published | Reached | ServeEvent
+NodeEvent: TypeAlias = Announced | Direct | Joined | Moved | PortMapped | Published | Reached | ServeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +125,8 @@ class NodeOptions:
     """Join through peers met before, too."""
     alone_ok: bool = False
     """For a client: go on when nobody answers that it could join through."""
+    map_port: bool = False
+    """Ask the router over UPnP to forward the port that it listens at."""
     relay: RelayLimits | None = None
     """Relay for others, within these."""
     relay_via: Sequence[str] = ()
@@ -141,6 +161,8 @@ class Node:
     """If it relays."""
     autonat: Autonat | None = None
     """If it listens: whether others can connect."""
+    mapper: PortMapper | None = None
+    """If it asks the router to forward a port."""
     punching: HolePunching | None = None
     """What makes relayed connections direct."""
     dialbacks: DialBackServer | None = None
@@ -229,6 +251,7 @@ async def open_node(config: Config, options: NodeOptions) -> AsyncIterator[Node]
             if config.down_limit is not None:
                 node.download = TokenBucket(config.down_limit, trio.current_time())
             _punch(node)
+            _map_port(node)
             _autonat(node)
             _relay(node)
             await nursery.start(_serve, node, _serve_limits(config))
@@ -274,17 +297,19 @@ def _ways(config: Config, options: NodeOptions) -> Ways:
     )
 
 
+def _moved(node: Node) -> None:
+    """Tell everybody the addresses that there are now."""
+    node.routing.moved()
+    node.options.on_event(Moved(tuple(node.network.addrs())))
+
+
 def _relay(node: Node) -> None:
     """Dial through relays, be reached through some, be one: whatever this node is to do of it."""
     from omnistore.net.circuit_transport import Circuits
     from omnistore.net.relay import Relay
     from omnistore.net.relay_use import RelayUse
 
-    def moved() -> None:
-        node.routing.moved()
-        node.options.on_event(Moved(tuple(node.network.addrs())))
-
-    circuits: Circuits = Circuits(node.network, moved)
+    circuits: Circuits = Circuits(node.network, partial(_moved, node))
     circuits.install()
     for addr in node.options.relay_via:
         node.nursery.start_soon(circuits.keep_reserved, addr)
@@ -305,17 +330,36 @@ def _autonat(node: Node) -> None:
         before = list(node.network.confirmed)
         node.network.confirmed[:] = found.addrs if found.state == "public" else ()
         if node.network.confirmed != before:
-            node.routing.moved()
-            node.options.on_event(Moved(tuple(node.network.addrs())))
+            _moved(node)
         node.options.on_event(Reached(found))
+
+    async def ask() -> None:
+        if node.mapper is not None:
+            # Votes on where nothing is forwarded yet would be void, and nobody is to be asked twice.
+            with trio.move_on_after(ROUTER_PATIENCE):
+                await node.mapper.answered.wait()
+        await autonat.run()
 
     if node.options.server:
         node.dialbacks = DialBackServer(node.network)
         node.dialbacks.install()
     if node.options.listen:
         punched = node.punching.punched if node.punching is not None else set[str]()
-        node.autonat = Autonat(node.network, changed, punched.__contains__)
-        node.nursery.start_soon(node.autonat.run)
+        node.autonat = autonat = Autonat(node.network, changed, punched.__contains__)
+        node.nursery.start_soon(ask)
+
+
+def _map_port(node: Node) -> None:
+    """Have the router forward a port, if it listens and was told to."""
+    from omnistore.net.upnp import PortMapper
+
+    def changed() -> None:
+        text, _ = mapper.described()
+        node.options.on_event(PortMapped(mapper.address, mapper.why, text))
+
+    if node.options.listen and node.options.map_port:
+        node.mapper = mapper = PortMapper(node.network, changed, partial(_moved, node))
+        node.nursery.start_soon(mapper.run)
 
 
 def _punch(node: Node) -> None:

@@ -18,7 +18,16 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from omnistore.errors import BadConfig
 
 Unit: TypeAlias = Literal[
-    "bytes", "bytes/s", "seconds", "count", "yes/no", "address", "addresses", "relays", "directory"
+    "bytes",
+    "bytes/s",
+    "seconds",
+    "count",
+    "yes/no",
+    "address",
+    "addresses",
+    "relays",
+    "directory",
+    "off/upnp",
 ]
 Value: TypeAlias = int | float | bool | str | tuple[str, ...] | None
 _T = TypeVar("_T")
@@ -61,6 +70,7 @@ _EXAMPLES: Final = MappingProxyType(
         "address": "a text",
         "addresses": "a list of texts",
         "relays": '"auto", "off", or a list of texts',
+        "off/upnp": '"off" or "upnp"',
     }
 )
 
@@ -173,6 +183,8 @@ def _typed(unit: Unit, value: object) -> Value:
             raise _refused(value, unit)
         case "address", str() if value:
             return value
+        case "off/upnp", "off" | "upnp":
+            return str(value)
         case "relays", "auto" | "off" | ["auto" | "off"]:
             return str(value if isinstance(value, str) else value[0])
         case "addresses" | "relays", list() | tuple() if all(isinstance(item, str) for item in value):

@@ -52,6 +52,7 @@ RANKS: dict[str, int] = {
     "omnistore.net.interface": 1,
     "omnistore.net.muxing": 1,
     "omnistore.net.pauses": 1,
+    "omnistore.net.port_mapping": 1,
     "omnistore.net.reachability": 1,
     "omnistore.net.records": 1,
     "omnistore.net.relay_choice": 1,
@@ -122,6 +123,7 @@ IMPURE = {
 HOMES = {
     "libp2p": ("omnistore.net", "omnistore.dht.service"),
     "multiaddr": ("omnistore.net", "omnistore.dht.service"),
+    "miniupnpc": ("omnistore.net.igd",),
     "zeroconf": ("omnistore.net",),
     "sqlite3": ("omnistore.store",),
     "sqlite_utils": ("omnistore.store",),

@@ -42,6 +42,10 @@ class _Seed:
 )
 @click.option("--bootstrap", multiple=True, metavar="MADDR", help="A node to join the network through.")
 @click.option("--announce", multiple=True, metavar="MADDR", help="An address that others reach this node at.")
+@click.option(
+    "--port-mapping", type=click.Choice(["off", "upnp"]),
+    help="Have the router forward the port, for as long as the seed runs.",
+)  # fmt: skip
 @click.option("--relay", is_flag=True, help="Relay for nodes that nobody can dial, within bounds.")
 @click.option("--relay-via", multiple=True, metavar="MADDR", help="A relay to be reached through; auto; off.")
 @click.option(
@@ -60,6 +64,7 @@ def seed(
     listen: tuple[str, ...],
     bootstrap: tuple[str, ...],
     announce: tuple[str, ...],
+    port_mapping: str | None,
     relay: bool,
     relay_via: tuple[str, ...],
     compute: float | None,
@@ -80,6 +85,7 @@ def seed(
         listen=listen,
         bootstrap=bootstrap,
         announce=announce,
+        port_mapping=port_mapping,
         relay=relay or None,
         relay_via=relay_via,
         **caps,
@@ -126,6 +132,7 @@ async def _run(output: Output, asked: _Seed) -> None:
         announce=asked.settings.announce,
         lan=asked.settings.mdns,
         recall=True,
+        map_port=asked.settings.port_mapping == "upnp",
         relay=_relay_limits(asked.settings) if asked.settings.relay else None,
         relay_via=() if isinstance(asked.settings.relay_via, str) else asked.settings.relay_via,
         relay_auto=asked.settings.relay_via == "auto",
@@ -217,7 +224,7 @@ def _report(output: Output, event: NodeEvent) -> None:
     from omnistore.naming import Published
     from omnistore.net.addresses import CIRCUIT
     from omnistore.net.reachability import described
-    from omnistore.node import Announced, Direct, Moved, Reached
+    from omnistore.node import Announced, Direct, Moved, PortMapped, Reached
     from omnistore.transfer.server import Served, Unavailable
 
     match event:
@@ -237,9 +244,12 @@ def _report(output: Output, event: NodeEvent) -> None:
             output.note(f"can not reach {addr}; trying on: {error}")
         case Moved(addrs):
             output.event("moved", addrs=addrs)
-            for addr in addrs:
-                if CIRCUIT in addr:
-                    output.note(f"reachable through a relay at {addr}")
+            relayed = [addr for addr in addrs if CIRCUIT in addr]
+            for addr in relayed:
+                output.note(f"reachable through a relay at {addr}")
+        case PortMapped(addr, why, text):
+            output.event("port_mapping", addr=addr, why=why)
+            output.note(text)
         case Direct(peer, how):
             output.event("direct", peer=peer, how=how)
             output.note(f"connected directly to {peer}, no longer through a relay")

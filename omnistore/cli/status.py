@@ -50,6 +50,10 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("reachable", reach["text"]))
         if reach["remedy"]:
             lines.append(("", reach["remedy"]))
+        if mapping := reach.get("mapping"):
+            lines.append(("mapping", mapping["text"]))
+            if mapping["remedy"]:
+                lines.append(("", mapping["remedy"]))
         if made := {how: count for how, count in reach["made_direct"].items() if count}:
             told_how = ", ".join(f"{count} {_HOW[how]}" for how, count in made.items())
             lines.append(("direct", f"of the connections through relays {told_how}"))

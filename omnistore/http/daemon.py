@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -30,6 +30,9 @@ from omnistore.store.eviction import evict
 from omnistore.store.interface import ModelStatus
 from omnistore.store.sweep import Swept
 from omnistore.transfer.server import Served, Unavailable
+
+if TYPE_CHECKING:  # with libp2p behind it
+    from omnistore.net.upnp import PortMapper
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +157,8 @@ class Daemon:
     def _reachability(self) -> Document:
         """Whether others can connect, and how many say so."""
         found, network = self._found(), self.node.network
-        text, remedy = described(found, relays=len(network.circuits))
+        mapper = self.node.mapper
+        text, remedy = described(found, relays=len(network.circuits), mapping=mapper is not None)
         dialbacks = self.node.dialbacks
         return {
             "state": found.state,
@@ -166,6 +170,7 @@ class Daemon:
             "text": text,
             "remedy": remedy,
             "relays": list(network.circuits),
+            "mapping": _mapping(mapper) if mapper is not None else None,
             "made_direct": dict(self.node.punching.outcomes) if self.node.punching else {},
             "asked_of_us": dict(dialbacks.state.outcomes) if dialbacks else {},
         }
@@ -243,6 +248,8 @@ class Daemon:
             Metric("omni_reachability_votes", "gauge", "Networks that could, and could not, connect here.",
                    label="answer", by_label={"yes": found.yes, "no": found.no}),
             gauge("omni_relays", "Relays it is reached through.", len(self.node.network.circuits)),
+            gauge("omni_port_mapped", "1 while the router says that it forwards a port to this node.",
+                  len(self.node.network.mapped)),
             outcomes("omni_direct_connections_total",
                      "Relayed connections that reached this node: made direct, or not.",
                      self.node.punching.outcomes if self.node.punching else Counter()),
@@ -254,6 +261,12 @@ class Daemon:
     async def _models(self) -> Sequence[ModelStatus]:
         models: Sequence[ModelStatus] = await trio.to_thread.run_sync(self.node.store.models)
         return models
+
+
+def _mapping(mapper: PortMapper) -> Document:
+    """What the router says."""
+    text, remedy = mapper.described()
+    return {"addr": mapper.address, "why": mapper.why, "text": text, "remedy": remedy}
 
 
 def describe(status: ModelStatus) -> dict[str, Any]:

@@ -174,6 +174,8 @@ class Libp2pNetwork:
     """Our addresses through relays, handed out last."""
     confirmed: list[str] = field(default_factory=list)
     """Addresses that others reached us at, whether our interfaces have them or not."""
+    mapped: list[str] = field(default_factory=list)
+    """Addresses that a router says it forwards to us."""
 
     def addrs(self) -> Sequence[str]:
         """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
@@ -184,8 +186,8 @@ class Libp2pNetwork:
         return _bound(self.host.get_transport_addrs())
 
     def claimed(self) -> frozenset[str]:
-        """Our multiaddrs without relays, as we know them without anybody's word."""
-        outside = [parse_untrusted(text).transport for text in self.options.announce]
+        """Our multiaddrs without relays, as we know them without anybody's word but the router's."""
+        outside = [parse_untrusted(text).transport for text in (*self.options.announce, *self.mapped)]
         return frozenset((*outside, *(address.transport for address in self.bound())))
 
     def peers(self) -> Sequence[str]:
@@ -310,12 +312,15 @@ async def open_network(
     quieten()
     circuits: list[str] = []
     confirmed: list[str] = []
+    mapped: list[str] = []
 
     def dialable(bound: Sequence[Any]) -> list[Any]:
-        return _dialable(bound, [*outside, *map(parse_untrusted, confirmed)], circuits)
+        return _dialable(bound, [*outside, *map(parse_untrusted, (*mapped, *confirmed))], circuits)
 
     host, dialer = _new_host(key, options, dialable)
-    network = Libp2pNetwork(host, key.public.peer_id, options, dialer, circuits=circuits, confirmed=confirmed)
+    network = Libp2pNetwork(
+        host, key.public.peer_id, options, dialer, circuits=circuits, confirmed=confirmed, mapped=mapped
+    )
     try:
         async with host.run(listen_addrs=[Multiaddr(address.transport) for address in wanted]):
             try:

@@ -29,6 +29,9 @@ RENEW: Final = 2400.0
 AGAIN: Final = 300.0
 """Seconds after which a peer that gave no answer may be asked again."""
 
+ASK_ROUTER: Final = 'let it ask the router to forward its port (port_mapping = "upnp" in config.toml)'
+"""What a private node may be told to do first."""
+
 Scope: TypeAlias = Literal["public", "private", "loopback"]
 State: TypeAlias = Literal["public", "lan", "private", "unknown"]
 STATES: Final[tuple[State, ...]] = get_args(State)
@@ -181,8 +184,11 @@ def _agreed(votes: Iterable[Vote]) -> tuple[str, ...]:
     return tuple(sorted(addr for addr, count in counts.items() if count >= NEEDED))
 
 
-def described(found: Reachability, *, relays: int = 0) -> tuple[str, str | None]:
-    """What is known, for people, and what to do about it. `relays`: how many we are reached through."""
+def described(found: Reachability, *, relays: int = 0, mapping: bool = False) -> tuple[str, str | None]:
+    """What is known, for people, and what to do about it.
+
+    `relays`: how many we are reached through. `mapping`: whether the router is asked to forward a port.
+    """
     asked = found.yes + found.no
     if found.state == "public":
         where = f" at {', '.join(found.addrs)}" if found.addrs else ""
@@ -201,11 +207,13 @@ def described(found: Reachability, *, relays: int = 0) -> tuple[str, str | None]
             )
         text = f"private: {found.no} of {asked} networks could not connect to this node (NAT or a firewall)"
         if relays:
-            return f"{text}; it is reached through {relays} relay{'s' * (relays > 1)}", None
+            text = f"{text}; it is reached through {relays} relay{'s' * (relays > 1)}"
+            return text, None if mapping else f"To be reached directly, {ASK_ROUTER}."
+        ask = "" if mapping else f"{ASK_ROUTER}, or "
         return (
             text,
-            "To be reached, forward the TCP port that `omni seed` listens on (4141) to this machine, or name"
-            " a relay with --relay-via. Fetching needs nothing.",
+            f"To be reached, {ask}forward the TCP port that `omni seed` listens on (4141) to this machine, or"
+            " name a relay with --relay-via. Fetching needs nothing.",
         )
     if found.yes and found.no:
         return f"unknown: {found.yes} networks could connect to this node, {found.no} could not", None

@@ -31,13 +31,16 @@ from omnistore.net import (
     dialback,
     dialing,
     holepunch,
+    igd,
     isolation,
     kademlia,
     libp2p,
     mdns,
+    port_mapping,
     reachability,
     relay_choice,
     relay_use,
+    upnp,
     yamux,
 )
 from omnistore.net import frames as f
@@ -154,6 +157,14 @@ IN_DISCOVERY = [
     f" networks, up to"
     f" {many(reachability.MOST)} while they disagree",
     f"what {many(reachability.NEEDED)} networks say",
+    f"asks for {port_mapping.LEASE} s, and again at half of what it got; a seed that ends takes"
+    f" the mapping back (it has {upnp.UNMAP_SECONDS:g} s for it)",
+    f"less than {port_mapping.SHORTEST} s",
+    f"{many(port_mapping.PORTS - 1)} others at random from {port_mapping.ANY_PORT[0]} to"
+    f" {port_mapping.ANY_PORT[1]}",
+    f"after {port_mapping.RETRY:g} s, and after twice as long each time,"
+    f" {port_mapping.RETRY_MOST:g} s at most",
+    f"which has {igd.SECONDS} s and {igd.MEMORY // MIB} MiB",
     f"once a minute with one peer, with {many(holepunch.AT_ONCE)} peers at once",
     f"waits {dcutr.IDENTIFY_SECONDS:g} s for the other end's identify",
     f"at the addresses that that lists there, {dcutr.REVERSAL_SECONDS:g} s",

@@ -119,6 +119,8 @@ def test_what_is_written_reads_back(data: st.DataObject) -> None:
             )
         case "addresses":
             value = tuple(data.draw(st.lists(st.text(st.characters(codec="utf-8"), min_size=1))))
+        case "off/upnp":
+            value = data.draw(st.sampled_from(["off", "upnp"]))
         case "relays":
             some = st.lists(st.text(st.characters(codec="utf-8"), min_size=3), min_size=2).map(tuple)
             value = data.draw(st.sampled_from(["auto", "off"]) | some)
@@ -144,6 +146,8 @@ def test_no_file_means_the_defaults(home: Path) -> None:
         ("up_limit = 1", ["up_limit", "out of range", "1kB/s to 1TB/s"]),
         ("window = 1.5", ["window", "number of bytes"]),
         ('mdns = "yes"', ["mdns", "true or false"]),
+        ('port_mapping = "on"', ["port_mapping", '"off" or "upnp"']),
+        ("port_mapping = true", ["port_mapping", '"off" or "upnp"']),
         ("mdns = 1", ["mdns", "true or false"]),
         ('bootstrap = "x"', ["bootstrap", "list of texts"]),
         ('listen = ["/ip4/1.2.3.4"]', [":1", "listen", "'/ip4/1.2.3.4'"]),

@@ -188,4 +188,14 @@ def test_what_people_read(found: Reachability, words: list[str]) -> None:
     assert all(word in text for word in words)
     assert (remedy is not None) == (found.state == "private")
     if found.state == "private" and found.scope == "public":
-        assert described(found, relays=1) == (f"{text}; it is reached through 1 relay", None)
+        assert remedy is not None
+        assert "port_mapping" in remedy
+        told, remedy = described(found, relays=1)
+        assert told == f"{text}; it is reached through 1 relay"
+        assert remedy is not None
+        assert "port_mapping" in remedy
+        # Who has the router asked already is told of what else there is.
+        _, remedy = described(found, mapping=True)
+        assert remedy is not None
+        assert "port_mapping" not in remedy
+        assert described(found, relays=1, mapping=True)[1] is None
