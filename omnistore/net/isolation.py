@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any, Final
 
 import trio
@@ -59,28 +59,34 @@ def isolate_streams(swarm: Any) -> None:
     swarm.set_stream_handler(guarded)
 
 
-def guard_inbound(swarm: Any, most: int) -> None:
+def guard_inbound(swarm: Any, most: int, needed: Container[str]) -> None:
     """Make the task of each inbound connection, and its slot, end with it, and newcomers find room.
 
-    `most`: connections of the node. The library's own bound is to be `PENDING` above it.
+    `most`: connections of the node. The library's own bound is to be `PENDING` above it. `needed`: peers
+    whose connections are in use though nothing runs on them.
     """
     upgrade: Callable[[Any, Any], Awaitable[Any]] = swarm.upgrade_inbound_raw_conn
     doorway: Doorway[Any] = Doorway()
     since: dict[Any, tuple[str, float]] = {}
+    leaving: set[Any] = set()
     # Its bound counts those in the doorway too; ours are in `doorway` and `make_room`.
     swarm._inbound_limiter = trio.CapacityLimiter(most + 2 * PENDING)
 
     async def make_room(newest: Any) -> None:
-        connections = swarm.get_connections()
+        connections = {
+            conn.muxed_conn: conn for conn in swarm.get_connections() if conn.muxed_conn not in leaving
+        }
+        if len(connections) <= most or newest not in connections:
+            return
         guests = [
-            Guest(conn.muxed_conn, *since[conn.muxed_conn], busy=bool(conn.get_streams()))
-            for conn in connections
-            if conn.muxed_conn in since
+            Guest(muxed, *since[muxed], busy=bool(conn.get_streams()) or str(muxed.peer_id) in needed)
+            for muxed, conn in connections.items()
+            if muxed in since
         ]
-        if len(connections) > most and any(guest.connection is newest for guest in guests):
-            found = to_let_go(guests, newest, trio.current_time())
-            logger.info("a connection from %s makes room for others", since[found][0])
-            await hang_up(next(conn for conn in connections if conn.muxed_conn is found))
+        found = to_let_go(guests, newest, trio.current_time())
+        logger.info("a connection from %s makes room for others", since[found][0])
+        leaving.add(found)
+        await hang_up(connections[found])
 
     async def upgrade_and_wait(raw_conn: Any, maddr: Any) -> None:
         address = raw_conn.get_remote_address()
@@ -98,6 +104,7 @@ def guard_inbound(swarm: Any, most: int) -> None:
             await conn.event_closed.wait()
         finally:
             del since[conn]
+            leaving.discard(conn)
         raise ConnectionEnded
 
     swarm.upgrade_inbound_raw_conn = upgrade_and_wait

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -176,6 +176,8 @@ class Libp2pNetwork:
     """Addresses that others reached us at, whether our interfaces have them or not."""
     mapped: list[str] = field(default_factory=list)
     """Addresses that a router says it forwards to us."""
+    needed: set[str] = field(default_factory=set)
+    """Peers that make room for nobody, though nothing runs on their connections."""
 
     def addrs(self) -> Sequence[str]:
         """Our dialable multiaddrs, each ending in `/p2p/<peer_id>`; announced ones first."""
@@ -317,9 +319,17 @@ async def open_network(
     def dialable(bound: Sequence[Any]) -> list[Any]:
         return _dialable(bound, [*outside, *map(parse_untrusted, (*mapped, *confirmed))], circuits)
 
-    host, dialer = _new_host(key, options, dialable)
+    needed: set[str] = set()
+    host, dialer = _new_host(key, options, dialable, needed)
     network = Libp2pNetwork(
-        host, key.public.peer_id, options, dialer, circuits=circuits, confirmed=confirmed, mapped=mapped
+        host,
+        key.public.peer_id,
+        options,
+        dialer,
+        circuits=circuits,
+        confirmed=confirmed,
+        mapped=mapped,
+        needed=needed,
     )
     try:
         async with host.run(listen_addrs=[Multiaddr(address.transport) for address in wanted]):
@@ -338,7 +348,10 @@ async def open_network(
 
 
 def _new_host(
-    key: PrivateKey, options: NetworkOptions, addrs_factory: Callable[[Sequence[Any]], list[Any]]
+    key: PrivateKey,
+    options: NetworkOptions,
+    addrs_factory: Callable[[Sequence[Any]], list[Any]],
+    needed: Container[str],
 ) -> tuple[Any, Dialer]:
     pair = create_new_key_pair(key.seed)
     noise = NoiseTransport(pair, noise_privkey=create_new_x25519_key_pair().private_key)
@@ -366,7 +379,7 @@ def _new_host(
     if options.psk is not None:
         private.install(swarm.upgrader, options.psk)
     isolate_streams(swarm)
-    guard_inbound(swarm, options.connections)
+    guard_inbound(swarm, options.connections, needed)
     # The library's own cuts the relay out of an address through one.
     own = Multiaddr(f"/p2p/{host.get_id()}")
     host.get_addrs = lambda: [addr.encapsulate(own) for addr in addrs_factory(host.get_transport_addrs())]

@@ -58,6 +58,8 @@ class Relay:
             for peer in self.state.holders():
                 if peer not in connected:
                     self.state.lost(peer)
+            # Its connection is what a reservation is for, with or without a circuit on it.
+            self.network.needed.intersection_update(self.state.holders())
 
     async def _serve(self, stream: Stream) -> None:
         assert isinstance(stream, Libp2pStream)
@@ -82,6 +84,7 @@ class Relay:
         if isinstance(granted, Refused):
             await _answer(stream, granted.why)
             return
+        self.network.needed.add(stream.peer)
         expire = int(time.time() + granted - trio.current_time())
         addrs = [Multiaddr(addr).to_bytes() for addr in self.network.addrs() if "/p2p-circuit" not in addr]
         answer = _status("OK", limit=self._limit())

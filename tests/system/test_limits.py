@@ -22,6 +22,8 @@ from omnistore.config import FILE_NAME, Config, settings
 from omnistore.dht.records import provider_key
 from omnistore.errors import NoProviders, PeerUnreachable, StoreFull
 from omnistore.keys import PrivateKey
+from omnistore.net import admission
+from omnistore.net.circuits import RelayLimits
 from omnistore.net.interface import ContentRouting, Provider
 from omnistore.net.libp2p import Libp2pNetwork, open_network
 from omnistore.node import Node, NodeOptions, open_node
@@ -31,6 +33,7 @@ from omnistore.transfer.client import FetchOptions, fetch_model
 from omnistore.transfer.messages import PROTOCOL, SERVER, Decoder, Error, Hello
 from omnistore.transfer.serve import ServeLimits
 from tests.conftest import Run
+from tests.system.circuits import node as hidden_node
 from tests.system.conftest import LOCAL, StartSeed
 
 UNITS = ("bytes", "bytes/s", "seconds", "count")
@@ -160,6 +163,35 @@ async def test_connections(home: Path) -> None:
         await trio.sleep(0.2)
         assert len(node.network.host.get_network().get_connections()) == 16
         assert isinstance(await first_word(first, target(node)), Hello)
+
+
+@pytest.mark.trio
+async def test_a_reservation_keeps_its_place_in_a_full_house(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "LEFT_ALONE", 0.0)
+    options = NodeOptions(server=True, listen=[LOCAL], relay=RelayLimits())
+    async with (
+        open_node(configured(home, connections=16), options) as node,
+        hidden_node() as (hidden, circuits),
+        trio.open_nursery() as nursery,
+        AsyncExitStack() as stack,
+    ):
+        nursery.start_soon(circuits.keep_reserved, node.network.addrs()[0])
+        with trio.fail_after(10):
+            while not hidden.circuits:  # noqa: ASYNC110  # no event for it
+                await trio.sleep(0.02)
+        came = []
+        for _ in range(18):
+            came.append(await stack.enter_async_context(stranger()))
+            await came[-1].connect(node.network.addrs()[0])
+            # Until those before have said who they are, nobody is idle but the one with a reservation.
+            await trio.sleep(1 if len(came) == 14 else 0.1)
+        peers = set(node.network.peers())
+        assert len(peers) == 16
+        assert hidden.peer_id in peers
+        assert came[0].peer_id not in peers, "the oldest of the others made room"
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
