@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from omnistore.cid import CID
 
@@ -21,6 +21,27 @@ class Provider:
     """libp2p peer ID, base58."""
     addrs: tuple[str, ...] = ()
     """Multiaddrs without the trailing `/p2p/…`; empty when the network knows how to reach it."""
+
+
+NextRoom: TypeAlias = Callable[[], memoryview | None]
+"""Told that all of the last room has its bytes: where those behind them belong, not empty; None for nowhere
+yet. Raises nothing."""
+
+
+AT_ONCE: Final = 64
+"""Bytes worth taking where less is asked for, by whoever can `spread` them: the beginning of a message."""
+
+
+def spread(data: bytes, room: memoryview, more: NextRoom | None) -> None:
+    """Put `data` into one room after the other; what there is no room for is lost."""
+    rest = memoryview(data)
+    place: memoryview | None = room
+    while rest and place is not None:
+        size = min(len(rest), len(place))
+        place[:size] = rest[:size]
+        place, rest = place[size:], rest[size:]
+        if not place:
+            place = more() if more is not None else None
 
 
 class Stream(Protocol):
@@ -44,10 +65,11 @@ class Stream(Protocol):
         """At least one byte, or `b""` at a clean end. Raises `PeerUnreachable` on a reset."""
         ...
 
-    async def receive_into(self, room: memoryview) -> int:
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
         """Fill `room`, which is not empty, or as much of it as comes without a pause: the bytes put there.
 
-        0 at a clean end. Raises `PeerUnreachable` on a reset.
+        With `more`, what comes behind a full room is put into the next one, as long as there is one; all of
+        it counts. 0 at a clean end. Raises `PeerUnreachable` on a reset.
         """
         ...
 

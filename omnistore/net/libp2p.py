@@ -44,7 +44,7 @@ from omnistore.net.addresses import (
 )
 from omnistore.net.admission import PENDING
 from omnistore.net.dialing import MAX_ADDRESSES, Dialer
-from omnistore.net.interface import Provider, Stream, StreamServer
+from omnistore.net.interface import NextRoom, Provider, Stream, StreamServer
 from omnistore.net.isolation import abort, guard_inbound, isolate_streams
 from omnistore.net.quiet import quieten
 from omnistore.net.yamux import Liveness
@@ -104,10 +104,10 @@ class Libp2pStream:
             data: bytes = await self.raw.muxed_stream.receive_some(min(max_bytes, RECEIVE_SIZE))
         return data
 
-    async def receive_into(self, room: memoryview) -> int:
-        """Bytes put into `room`, one at least; 0 at a clean end. Raises `PeerUnreachable` on a reset."""
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        """Bytes put into rooms, one at least; 0 at a clean end. Raises `PeerUnreachable` on a reset."""
         with _translated(f"the stream to {self.peer} broke while receiving"):
-            count: int = await self.raw.muxed_stream.receive_into(room)
+            count: int = await self.raw.muxed_stream.receive_into(room, more)
         return count
 
     async def receive_exactly(self, count: int) -> bytes:

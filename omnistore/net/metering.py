@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from omnistore.net.interface import Network, Provider, Stream, StreamServer
+from omnistore.net.interface import Network, NextRoom, Provider, Stream, StreamServer
 
 REMEMBERED: Final = 256
 """Peers without a stream whose counts are kept; the longest gone are forgotten first."""
@@ -87,8 +87,8 @@ class MeteredStream:
         self._received(len(data))
         return data
 
-    async def receive_into(self, room: memoryview) -> int:
-        count = await self.inner.receive_into(room)
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        count = await self.inner.receive_into(room, more)
         self._received(count)
         return count
 

@@ -12,11 +12,48 @@ from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, Mu
 
 from omnistore.errors import RemoteProtocolError
 from omnistore.net.agreement import Answer, agreed
+from omnistore.net.interface import NextRoom
 from omnistore.net.records import LARGE_BUFFER
 from omnistore.net.stream_state import StreamState
 
 if TYPE_CHECKING:
     from omnistore.net.yamux import Connection
+
+
+class _Rooms:
+    """The rooms of one reader, one after the other."""
+
+    def __init__(self, room: memoryview, more: NextRoom | None) -> None:
+        self.current = room
+        """The rest of it."""
+        self.count = 0
+        """Bytes put into all of them."""
+        self.full = 0
+        """How many are full."""
+        self._more = more
+
+    def put(self, piece: memoryview) -> None:
+        """At most what fits the current one."""
+        self.current[: len(piece)] = piece
+        self.current = self.current[len(piece) :]
+        self.count += len(piece)
+        if not self.current:
+            self._open()
+
+    def next(self) -> memoryview | None:
+        """The current one was filled by others."""
+        self.count += len(self.current)
+        self._open()
+        return self.current or None
+
+    def left(self, size: int) -> None:
+        """The current one was filled by others up to `size` bytes of its end."""
+        self.count += len(self.current) - size
+        self.current = self.current[len(self.current) - size :]
+
+    def _open(self) -> None:
+        self.full += 1
+        self.current = (self._more() if self._more is not None else None) or memoryview(b"")
 
 
 class MuxedStream:
@@ -27,7 +64,8 @@ class MuxedStream:
         self.stream_id = state.id
         self._connection = connection
         self._state = state
-        self._news = trio.lowlevel.ParkingLot()
+        self._arrived = trio.lowlevel.ParkingLot()
+        self._left = trio.lowlevel.ParkingLot()
         self._answer: Answer | None = None
         """What is still to come before anything else: to what `ask` took for granted."""
 
@@ -64,31 +102,32 @@ class MuxedStream:
         await trio.lowlevel.checkpoint()
         return b"".join(pieces)
 
-    async def receive_into(self, room: memoryview) -> int:
-        """Fill `room`, not empty, or as much of it as comes without a pause; 0 at the peer's end.
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        """Fill `room`, not empty, or as much of it as comes without a pause; then what `more` gives.
 
-        Raises `MuxedStreamReset`. Cancelled, it has taken what arrived.
+        The bytes of all rooms, 0 at the peer's end. Raises `MuxedStreamReset`. Cancelled, it has taken what
+        arrived.
         """
         if self._answer is not None:
             await self._agree(self._answer)
         state = self._state
-        count = 0
-        for piece in self._connection.take(state, len(room)):
-            room[count : count + len(piece)] = piece
-            count += len(piece)
-        if count == len(room) or state.ended:
+        rooms = _Rooms(room, more)
+        while state.received and rooms.current:
+            for piece in self._connection.take(state, len(rooms.current)):
+                rooms.put(piece)
+        if rooms.full or state.ended:
             await trio.lowlevel.checkpoint()
-            return count
-        lent = len(room) - count
-        self._connection.lend(state, room[count:])
+            return rooms.count
+        self._connection.lend(state, rooms.current, rooms.next if more is not None else None)
+        left = len(rooms.current)
         try:
-            while not (state.ended or state.broken or len(state.room or b"") < lent):
-                await self._news.park()
+            while not (state.ended or state.broken or rooms.full or len(state.room or b"") < left):
+                await self._arrived.park()
         finally:
-            count = len(room) - self._connection.reclaim(state)
-        if not count and state.broken:
+            rooms.left(self._connection.reclaim(state))
+        if not rooms.count and state.broken:
             raise MuxedStreamReset(state.broken)
-        return count
+        return rooms.count
 
     async def read(self, n: int | None = None) -> bytes:
         """As the library reads: `MuxedStreamEOF` at the end, everything there is without `n`."""
@@ -112,9 +151,9 @@ class MuxedStream:
             return
         pending = self._connection.queue(state, *views)
         try:
-            await self._connection.push()
+            await self._connection.push(pending)
             while not (pending.done or state.broken):
-                await self._news.park()
+                await self._left.park()
         finally:
             self._connection.withdraw(state, pending)
         if state.broken:
@@ -130,9 +169,13 @@ class MuxedStream:
         self._connection.reset_stream(self._state)
         await trio.lowlevel.checkpoint()
 
-    def wake(self) -> None:
-        """Something about the stream changed."""
-        self._news.unpark_all()
+    def wake_reader(self) -> None:
+        """Something arrived, or will no more."""
+        self._arrived.unpark_all()
+
+    def wake_writer(self) -> None:
+        """Something that was written is on its way, or will never be."""
+        self._left.unpark_all()
 
     def set_deadline(self, ttl: int) -> bool:
         """Deadlines are cancel scopes."""
@@ -166,4 +209,4 @@ class MuxedStream:
                 return
             if state.broken:
                 raise MuxedStreamReset(state.broken)
-            await self._news.park()
+            await self._arrived.park()

@@ -18,6 +18,7 @@ from typing import Final
 
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
 from omnistore.net import frames as f
+from omnistore.net.interface import NextRoom
 from omnistore.net.stream_state import LIMITS, MuxLimits, Pending, StreamState
 
 _CONTROL_BATCH: Final = 4096 * f.HEADER_SIZE
@@ -33,7 +34,9 @@ class Muxing:
         self.opened: deque[StreamState] = deque()
         """Streams of the peer that nobody accepted yet."""
         self.touched: set[StreamState] = set()
-        """Streams whose reader or writer has something to look at."""
+        """Streams whose reader has something to look at; also whoever waits, where one is over."""
+        self.written: set[StreamState] = set()
+        """Streams of which something was put into a frame to its end: a writer waits for that."""
         self.round_trip: float | None = None
         """The shortest one measured, in seconds."""
         self.gone_away: int | None = None
@@ -109,13 +112,16 @@ class Muxing:
             self._open_window(stream, now)
         return found
 
-    def lend(self, stream: StreamState, room: memoryview, now: float) -> None:
-        """Have what arrives next put into `room`, when all that was received is taken; `reclaim` follows."""
-        stream.room, stream.lent_at = room, now
+    def lend(self, stream: StreamState, room: memoryview, now: float, more: NextRoom | None = None) -> None:
+        """Have what arrives next put into `room`, when all that was received is taken; `reclaim` follows.
+
+        What arrives once that is full goes where `more` says.
+        """
+        stream.room, stream.more, stream.lent_at = room, more, now
 
     def reclaim(self, stream: StreamState) -> int:
-        """Nothing is put there from now on; the bytes of it that are left."""
-        left, stream.room = len(stream.room or b""), None
+        """Nothing is put there from now on; the bytes left of the room that was lent last."""
+        left, stream.room, stream.more = len(stream.room or b""), None, None
         return left
 
     def close(self, stream: StreamState) -> None:
@@ -187,7 +193,7 @@ class Muxing:
         if not pending.left:
             stream.pending.popleft()
             pending.done = True
-            self.touched.add(stream)
+            self.written.add(stream)
             if stream.closing and not stream.pending:
                 self._finish(stream)
         self._queue(stream)
@@ -278,12 +284,12 @@ class Muxing:
         if not header.value and stream is not None:
             self._flagged(stream, header.flags)
 
-    def room(self, size: int) -> memoryview | None:
-        """Where a reader wants the next `size` bytes, if they are all its stream's and it lent that much."""
+    def room(self, least: int) -> memoryview | None:
+        """Where a reader wants what comes next, if it lent as much as `least` and so much is to come."""
         stream = self._into
-        if self._body < size or stream is None or stream.room is None or stream.broken:
+        if self._body < least or stream is None or stream.room is None or stream.broken:
             return None
-        return stream.room[:size] if len(stream.room) >= size > 0 else None
+        return stream.room[: self._body] if len(stream.room) >= least > 0 else None
 
     def filled_untrusted(self, size: int, now: float) -> None:
         """They are there. Raises `RemoteProtocolError`."""
@@ -322,7 +328,7 @@ class Muxing:
         # A reset in the middle of a frame: the rest of it is still to be passed over.
         if stream is None or stream.broken:
             return
-        if stream.room:
+        while piece and stream.room:
             fits = min(len(piece), len(stream.room))
             stream.room[:fits] = piece[:fits]
             self._filled(stream, fits, now)
@@ -341,8 +347,11 @@ class Muxing:
         stream.room = stream.room[size:]
         stream.active_at = now
         self._open_window(stream, now)
+        if not stream.room and stream.more is not None:
+            stream.room = stream.more()
+            self.touched.add(stream)
         # A reader wants all of it, and would only come back for more: it is told of less when time passes.
-        if not stream.room or now - stream.lent_at >= self.limits.prompt:
+        elif not stream.room or now - stream.lent_at >= self.limits.prompt:
             self.touched.add(stream)
 
     def _window_opened(self, stream: StreamState, by: int) -> None:

@@ -38,12 +38,12 @@ _SIZE: Final = struct.Struct(">H")
 class Taker(Protocol):
     """What becomes of plaintexts, one after the other: `muxing`, or a list in a test."""
 
-    def room(self, size: int) -> memoryview | None:
-        """Where the next `size` bytes belong, if all of them belong together: `filled` follows."""
+    def room(self, least: int) -> memoryview | None:
+        """Where what comes next belongs, if `least` bytes of it belong together: `filled` follows."""
         ...
 
     def filled_untrusted(self, size: int, now: float) -> None:
-        """They are there. Raises `RemoteProtocolError`."""
+        """Its first `size` bytes are there. Raises `RemoteProtocolError`."""
         ...
 
     def receive_untrusted(self, plaintext: bytes, now: float) -> None:
@@ -76,18 +76,10 @@ class Opener:
 
         Raises `RemoteProtocolError`, after which it is useless.
         """
-        end, position = self._end + count, 0
+        end = self._end + count
         full = end == len(self._buffer)
         with memoryview(self._buffer) as view:
-            while end - position >= LENGTH:
-                start = position + LENGTH
-                size = view[position] << 8 | view[position + 1]
-                if size < TAG:
-                    raise RemoteProtocolError(f"a record of {size} bytes, shorter than its tag")
-                if start + size > end:
-                    break
-                self._open(view[start : start + size], taker, now)
-                position = start + size
+            position = self._open(view[:end], taker, now)
         self._end = end - position
         if position:
             self._buffer[: self._end] = self._buffer[position:end]
@@ -104,27 +96,44 @@ class Opener:
         if not self._end and len(self._buffer) > SMALL_BUFFER:
             self._buffer = bytearray(SMALL_BUFFER)
 
-    def _open(self, record: memoryview, taker: Taker, now: float) -> None:
-        if self._nonce >= MAX_NONCE:
-            raise RemoteProtocolError("sent more records than its key is good for")
-        nonce = _NONCE.pack(self._nonce)
-        size = len(record) - TAG
-        room = taker.room(size)
-        plaintext = b""
+    def _open(self, view: memoryview, taker: Taker, now: float) -> int:
+        """Decrypt every whole record, several into one room where they fit; where the last one ends."""
+        end, position, filled = len(view), 0, 0
+        room: memoryview | None = None
         try:
-            if room is None:
-                plaintext = self._key.decrypt(nonce, record, None)
-            else:
-                self._key.decrypt_into(nonce, record, None, room)
+            while end - position >= LENGTH:
+                start = position + LENGTH
+                size = view[position] << 8 | view[position + 1]
+                if size < TAG:
+                    raise RemoteProtocolError(f"a record of {size} bytes, shorter than its tag")
+                if start + size > end:
+                    break
+                if self._nonce >= MAX_NONCE:
+                    raise RemoteProtocolError("sent more records than its key is good for")
+                plain = size - TAG
+                if room is None or len(room) - filled < plain:
+                    if filled:
+                        taken, filled = filled, 0
+                        taker.filled_untrusted(taken, now)
+                    room = taker.room(plain)
+                position = start + size
+                nonce, record = _NONCE.pack(self._nonce), view[start:position]
+                if room is None:
+                    plaintext = self._key.decrypt(nonce, record, None)
+                    self._nonce += 1
+                    taker.receive_untrusted(plaintext, now)
+                else:
+                    self._key.decrypt_into(nonce, record, None, room[filled : filled + plain])
+                    self._nonce += 1
+                    filled += plain
         except InvalidTag:
             raise RemoteProtocolError(
                 f"record {self._nonce} is not authentic: forged, replayed or out of order"
             ) from None
-        self._nonce += 1
-        if room is None:
-            taker.receive_untrusted(plaintext, now)
-        else:
-            taker.filled_untrusted(size, now)
+        finally:
+            if filled:
+                taker.filled_untrusted(filled, now)
+        return position
 
     def _grow(self) -> None:
         """More room: the last read filled it. The largest record fits the largest buffer many times."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from omnistore.net import frames as f
+from omnistore.net.interface import NextRoom
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ class StreamState:
     """When the window was opened last."""
     room: memoryview | None = None
     """Where its reader wants what arrives next; what is filled is cut off. None: nobody lent any."""
+    more: NextRoom | None = None
+    """Says where the next room is."""
     lent_at: float = 0.0
     active_at: float = 0.0
     pending: deque[Pending] = field(default_factory=deque)

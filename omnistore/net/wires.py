@@ -19,8 +19,12 @@ class Wire(Protocol):
         """Some bytes, put into `room`; 0 at the end. Raises whatever the layer below does."""
         ...
 
+    def send_now(self, data: memoryview) -> int:
+        """Send what goes without waiting; 0 where nothing does. Raises whatever the layer below does."""
+        ...
+
     async def send(self, data: memoryview) -> int:
-        """Send some of `data`; how much. Raises whatever the layer below does."""
+        """Send some of `data`, once that goes; how much. Raises whatever the layer below does."""
         ...
 
 
@@ -46,21 +50,18 @@ class _SocketWire:
             except BlockingIOError:
                 continue
 
-    async def send(self, data: memoryview) -> int:
-        await trio.lowlevel.checkpoint_if_cancelled()
+    def send_now(self, data: memoryview) -> int:
         try:
-            count = os.write(self._socket.fileno(), data)
+            return os.write(self._socket.fileno(), data)
         except BlockingIOError:
-            pass
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return count
-        while True:
+            return 0
+
+    async def send(self, data: memoryview) -> int:
+        count = 0
+        while not count:
             await trio.lowlevel.wait_writable(self._socket.fileno())
-            try:
-                return os.write(self._socket.fileno(), data)
-            except BlockingIOError:
-                continue
+            count = self.send_now(data)
+        return count
 
 
 class _LayeredWire:
@@ -73,6 +74,9 @@ class _LayeredWire:
         data = await self._raw.read(len(room))
         room[: len(data)] = data
         return len(data)
+
+    def send_now(self, data: memoryview) -> int:
+        return 0
 
     async def send(self, data: memoryview) -> int:
         # Cancelled half-way, nobody knows what was sent.

@@ -17,7 +17,7 @@ import trio
 
 from omnistore.cid import CID
 from omnistore.errors import BadConfig, OmniError, PeerUnreachable
-from omnistore.net.interface import Provider, Stream, StreamServer
+from omnistore.net.interface import AT_ONCE, NextRoom, Provider, Stream, StreamServer, spread
 
 PIECE: Final = 64 << 10
 """Bytes that travel together."""
@@ -215,9 +215,9 @@ class VirtualStream:
         """There is one connection to each peer."""
         return False
 
-    async def receive_into(self, room: memoryview) -> int:
-        data = await self.receive_some(len(room))
-        room[: len(data)] = data
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        data = await self.receive_some(len(room) if more is None else max(len(room), AT_ONCE))
+        spread(data, room, more)
         return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:

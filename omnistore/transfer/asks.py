@@ -60,6 +60,11 @@ class Asks:
         self._wanted: dict[int, Wanted] = {}
         self._numbers: dict[CID, int] = {}
         self._parts: set[CID] = set()
+        self._answers: list[Answer] = []
+        """Whole, and not looked at."""
+        self._filled = 0
+        """Bytes taken in since `room`."""
+        self._fault: RemoteProtocolError | None = None
         self.greeted = False
         """Whether the server's hello arrived."""
 
@@ -94,19 +99,42 @@ class Asks:
         """The answers that `data` completes. Raises `RemoteProtocolError`."""
         return [self._answer(message) for message in self._decoder.feed_untrusted(data)]
 
-    @property
-    def lacking(self) -> int:
-        """Bytes until what is now being read is whole."""
-        return self._decoder.lacking
+    def room(self) -> memoryview:
+        """Where what comes next belongs, never empty; `next_room` and `answers_untrusted` follow.
 
-    def room(self) -> memoryview | None:
-        """Where the rest of a payload belongs, for whoever can put it there: then `filled_untrusted`."""
+        Raises `RemoteProtocolError` where the peer broke the protocol behind the last answers.
+        """
+        if self._fault is not None:
+            raise self._fault
+        self._filled = 0
         return self._decoder.room()
 
-    def filled_untrusted(self, count: int) -> list[Answer]:
-        """The answers that `count` bytes in `room` complete. Raises `RemoteProtocolError`."""
-        message = self._decoder.filled(count)
-        return [] if message is None else [self._answer(message)]
+    def next_room(self) -> memoryview | None:
+        """All of the last room is there: where more belongs. None where the peer broke the protocol.
+
+        Never raises: whoever receives for us is not to blame, and `answers_untrusted` will.
+        """
+        size = len(self._decoder.room())
+        self._filled += size
+        try:
+            self._take_in(size)
+        except RemoteProtocolError as fault:
+            self._fault = fault
+        return self._decoder.room() if self._fault is None else None
+
+    def answers_untrusted(self, count: int) -> list[Answer]:
+        """What the `count` bytes complete that came since `room`. Raises `RemoteProtocolError`."""
+        if self._fault is None and count > self._filled:
+            self._take_in(count - self._filled)
+        if self._fault is not None and not self._answers:
+            raise self._fault
+        found, self._answers = self._answers, []
+        return found
+
+    def _take_in(self, count: int) -> None:
+        message = self._decoder.filled_untrusted(count)
+        if message is not None:
+            self._answers.append(self._answer(message))
 
     def _answer(self, message: object) -> Answer:
         if isinstance(message, Hello) == self.greeted and not isinstance(message, Error):

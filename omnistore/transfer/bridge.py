@@ -17,6 +17,7 @@ import trio
 from omnistore.block import MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import PeerUnreachable, RemoteProtocolError
+from omnistore.net.interface import AT_ONCE, NextRoom, spread
 from omnistore.transfer.messages import (
     LIMITS,
     REQUESTER,
@@ -195,9 +196,9 @@ class OriginStream:
     def superseded(self) -> bool:
         return False
 
-    async def receive_into(self, room: memoryview) -> int:
-        data = await self.receive_some(len(room))
-        room[: len(data)] = data
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        data = await self.receive_some(len(room) if more is None else max(len(room), AT_ONCE))
+        spread(data, room, more)
         return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:

@@ -17,6 +17,7 @@ from omnistore.block import MAX_BLOCK_SIZE
 from omnistore.cid import CID
 from omnistore.errors import LocalProtocolError, RemoteProtocolError
 from omnistore.transfer.buffers import Buffers
+from omnistore.transfer.heads import decode_head, encode_head
 
 PROTOCOL: Final = "/omni/transfer/1.0.0"
 LENGTH_SIZE: Final = 4
@@ -129,6 +130,9 @@ SERVER: Final = frozenset({"hello", "block", "missing", "holds", "error"})
 
 def encode(message: Message) -> bytes:
     """The bytes of a message; for a `Deliver`, everything before its payload."""
+    if isinstance(message, Deliver):
+        data = encode_head(message.ask, len(message.data))
+        return len(data).to_bytes(LENGTH_SIZE, "big") + data
     name, body = _body(message)
     data = dagcbor.encode({name: body})
     if len(data) > LIMITS.message:
@@ -138,12 +142,10 @@ def encode(message: Message) -> bytes:
     return len(data).to_bytes(LENGTH_SIZE, "big") + data
 
 
-def _body(message: Message) -> tuple[str, dict[str, dagcbor.Value]]:
+def _body(message: FromRequester | Hello | Missing | Holds | Error) -> tuple[str, dict[str, dagcbor.Value]]:
     match message:
         case Want(first, links):
             return "want", {"first": first, "links": list(links)}
-        case Deliver(ask, data):
-            return "block", {"ask": ask, "size": len(data)}
         case Missing(asks):
             return "missing", {"asks": list(asks)}
         case Cancel(asks):
@@ -177,88 +179,90 @@ class Decoder:
         self._accepts = accepts
         self._announced = announced
         self._buffers = buffers or Buffers(0)
-        self._head = bytearray()
+        self._length = memoryview(bytearray(LENGTH_SIZE))
+        self._item = self._length
+        """What is being read: a length, a message, or a payload."""
+        self._room = self._item
+        """The rest of it, that is still to come."""
         self._ask: int | None = None
-        self._payload = memoryview(b"")
-        self._lacking = LENGTH_SIZE
+        """Of the payload being read."""
         self._dead = False
-
-    @property
-    def lacking(self) -> int:
-        """Bytes until the item now being read is whole: a hint for how much to read."""
-        return self._lacking
 
     @property
     def between_messages(self) -> bool:
         """Whether a stream may end cleanly here."""
-        return self._ask is None and not self._head
+        return self._item is self._length and len(self._room) == LENGTH_SIZE
 
-    def room(self) -> memoryview | None:
-        """Where the rest of the payload now being read belongs; `filled` says that some of it is there."""
-        return None if self._ask is None else self._payload[len(self._payload) - self._lacking :]
+    def room(self) -> memoryview:
+        """Where what comes next belongs, never empty; `filled` says that some of it is there."""
+        return self._room
 
-    def filled(self, count: int) -> Deliver | None:
-        """The first `count` bytes of `room` are there; the message that they complete."""
-        if self._ask is None or not 0 <= count <= self._lacking:
-            raise LocalProtocolError(f"{count} bytes are more than there was room for")
-        self._lacking -= count
-        return None if self._lacking else self._delivered(self._ask)
+    def filled_untrusted(self, count: int) -> Message | None:
+        """The first `count` bytes of `room` are there; the message that they complete.
 
-    def feed_untrusted(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless."""
+        Raises `RemoteProtocolError`, after which it is useless.
+        """
         if self._dead:
             raise LocalProtocolError("fed after the stream was found broken")
-        found: list[Message] = []
-        view = memoryview(data)
+        if not 0 <= count <= len(self._room):
+            raise LocalProtocolError(f"{count} bytes are more than there was room for")
+        self._room = self._room[count:]
+        if self._room:
+            return None
         try:
-            while view:
-                taken = min(self._lacking, len(view))
-                message = self._take(view[:taken])
-                if message is not None:
-                    found.append(message)
-                view = view[taken:]
+            return self._whole()
         except RemoteProtocolError:
             self._dead = True
             raise
+
+    def feed_untrusted(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless."""
+        found: list[Message] = []
+        view = memoryview(data)
+        while view or self._dead:
+            taken = min(len(self._room), len(view))
+            self._room[:taken] = view[:taken]
+            message = self.filled_untrusted(taken)
+            if message is not None:
+                found.append(message)
+            view = view[taken:]
         return found
 
-    def _take(self, piece: memoryview) -> Message | None:
-        """Take in at most what is lacking; the message it completes."""
+    def _whole(self) -> Message | None:
+        """What was being read is there: the message that it is, or is the end of."""
         if self._ask is not None:
-            start = len(self._payload) - self._lacking
-            self._payload[start : start + len(piece)] = piece
-            self._lacking -= len(piece)
-            return None if self._lacking else self._delivered(self._ask)
-        self._lacking -= len(piece)
-        self._head += piece
-        if self._lacking:
+            return self._delivered(self._ask)
+        item = self._item
+        if item is self._length:
+            size = int.from_bytes(item, "big")
+            if not 0 < size <= LIMITS.message:
+                raise RemoteProtocolError(f"a message of {size} bytes; 1 to {LIMITS.message} are allowed")
+            self._begin(memoryview(bytearray(size)))
             return None
-        if len(self._head) == LENGTH_SIZE:
-            self._lacking = int.from_bytes(self._head, "big")
-            if not 0 < self._lacking <= LIMITS.message:
-                raise RemoteProtocolError(
-                    f"a message of {self._lacking} bytes; 1 to {LIMITS.message} are allowed"
-                )
-            return None
-        body = bytes(self._head[LENGTH_SIZE:])
-        self._head.clear()
-        self._lacking = LENGTH_SIZE
-        return self._decoded(body)
+        self._begin(self._length)
+        return self._decoded(bytes(item))
+
+    def _begin(self, item: memoryview) -> None:
+        self._item = self._room = item
 
     def _decoded(self, body: bytes) -> Message | None:
-        name, fields = _named(body, self._accepts)
-        if name != "block":
-            return _PARSERS[name](fields)
-        self._ask = _number(fields["ask"], "an ask")
-        self._lacking = _integer(fields["size"], "a block's size", 1, LIMITS.payload)
+        head = decode_head(body) if "block" in self._accepts else None
+        if head is None:
+            name, fields = _named(body, self._accepts)
+            if name != "block":
+                return _PARSERS[name](fields)
+            head = fields["ask"], fields["size"]
+        ask, size = _number(head[0], "an ask"), _integer(head[1], "a block's size", 1, LIMITS.payload)
         if self._announced is not None:
-            self._announced(self._ask, self._lacking)
-        self._payload = self._buffers.lend(self._lacking)
+            self._announced(ask, size)
+        self._ask = ask
+        self._begin(self._buffers.lend(size))
         return None
 
     def _delivered(self, ask: int) -> Deliver:
-        payload, self._payload = self._payload, memoryview(b"")
-        self._ask, self._lacking = None, LENGTH_SIZE
+        payload = self._item
+        self._ask = None
+        self._begin(self._length)
         return Deliver(ask, payload)
 
 

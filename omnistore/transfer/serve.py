@@ -276,6 +276,13 @@ class Serving:
             self._hold(line, -size)
             line.unanswered -= 1
 
+    def may_give(self, stream: int, now: float) -> bool:
+        """Whether it is worth looking for a turn, now that a block of `stream` was sent."""
+        line = self._lines.get(stream)
+        if line is None or any(other != stream for other in self._turns):
+            return True
+        return not line.idle and self._worth(line) and self._room(now) >= MAX_BLOCK_SIZE
+
     def was_found(self, stream: int, part: CID, blocks: bytes | None) -> None:
         """A query is answered with this."""
         line = self._lines.get(stream)

@@ -105,6 +105,8 @@ class _Outlet:
     send: trio.MemorySendChannel[_Outgoing]
     receive: trio.MemoryReceiveChannel[_Outgoing]
     active_at: float
+    sending_since: float | None = None
+    """Since when the network has been taking in one piece; None while it has none."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     """Of the whole stream."""
     slow: bool = True
@@ -224,60 +226,76 @@ class _Server:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
 
     async def _send(self, stream: Stream, number: int, outlet: _Outlet, scope: trio.CancelScope) -> None:
-        """Send what is due, each piece within its deadline."""
+        """Send what is due; `_watch` sees to it that each piece is taken in."""
         try:
-            async for message, room in outlet.receive:
+            while True:
+                try:
+                    message, room = outlet.receive.receive_nowait()
+                except trio.WouldBlock:
+                    message, room = await outlet.receive.receive()
                 await self._send_one(stream, number, outlet, message)
                 if isinstance(message, Error):
                     outlet.told = True
                     break
-                outlet.active_at = trio.current_time()
+                now = outlet.active_at = trio.current_time()
                 if isinstance(message, Deliver):
                     size = len(message.data)
                     outlet.blocks += 1
                     outlet.bytes += size
                     if room is not None:
                         self.buffers.take_back(room)
-                    self.serving.was_sent(number, size, trio.current_time())
-                    self.lot.unpark()
-        except trio.TooSlowError:
-            outlet.reason = f"asked and then took in nothing for {SEND_PATIENCE:.0f} s"
-            _log.info("ending a stream of %s: it %s", stream.peer, outlet.reason)
+                    self.serving.was_sent(number, size, now)
+                    if self.serving.may_give(number, now):
+                        self.lot.unpark()
+        except trio.EndOfChannel:
+            pass
         except PeerUnreachable as error:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
         scope.cancel()
 
     async def _send_one(self, stream: Stream, number: int, outlet: _Outlet, message: FromServer) -> None:
         head = encode(message)
+        outlet.sending_since = trio.current_time()
         if not isinstance(message, Deliver):
-            with trio.fail_after(SEND_PATIENCE):
-                await stream.send_all(head)
+            await stream.send_all(head)
+            outlet.sending_since = None
             return
         data = memoryview(message.data)
         piece = self.pacer.piece(SLOW_PIECE if outlet.slow else PIECE)
         spent = 0.0
         for start in range(0, max(1, len(data)), piece):
             part = data[start : start + piece]
+            outlet.sending_since = None
             await self.pacer.passes(stream.peer, len(part))
-            began = trio.current_time()
+            began = outlet.sending_since = trio.current_time()
             self.serving.sends(number, began)
-            with trio.fail_after(SEND_PATIENCE):
-                # The head rides with the first piece of the payload: a frame, and a hand-over, less.
-                await stream.send_all(b"" if start else head, part)
-            self.serving.was_taken(number, len(part), trio.current_time())
-            spent += trio.current_time() - began
+            # The head rides with the first piece of the payload: a frame, and a hand-over, less.
+            await stream.send_all(b"" if start else head, part)
+            now = trio.current_time()
+            self.serving.was_taken(number, len(part), now)
+            spent += now - began
+        outlet.sending_since = None
         if len(data) >= BLOCK_SIZE // 2:
             # Less than that may lie in buffers between us, whether or not it is read.
             outlet.slow = spent * BLOCK_SIZE > SLOW * len(data)
 
     async def _watch(self, number: int, outlet: _Outlet) -> None:
-        """End the stream when nothing has been asked for long."""
+        """End the stream when nothing has been asked for long, or nothing is taken in."""
         while True:
-            wait = outlet.active_at + IDLE_PATIENCE - trio.current_time()
+            now = trio.current_time()
+            since = outlet.sending_since
+            wait = outlet.active_at + IDLE_PATIENCE - now
+            stuck = SEND_PATIENCE if since is None else since + SEND_PATIENCE - now
+            if stuck <= 0:
+                # No word would reach it.
+                outlet.reason = f"asked and then took in nothing for {SEND_PATIENCE:.0f} s"
+                _log.info("ending stream %d: it %s", number, outlet.reason)
+                outlet.scope.cancel()
+                return
             if wait <= 0 and not self.serving.owes(number):
                 outlet.end(Error("idle", f"nothing was asked for {IDLE_PATIENCE:.0f} s"))
                 return
-            await trio.sleep(max(wait, 1.0))
+            await trio.sleep(max(min(wait, stuck), 1.0))
 
     # --- readers ----------------------------------------------------------------------------
 

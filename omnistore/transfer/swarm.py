@@ -59,12 +59,6 @@ class SwarmLimits:
     """Blocks waited for before such a hop, while more are on their way: each costs a transaction too."""
     gather_time: float = 0.01
     """Seconds that this takes at most."""
-    receive: int = 1 << 20
-    """Bytes taken from a stream at once, at most."""
-    direct: int = 64 << 10
-    """Where more than this is to come of a payload, it is put into its place as it is decrypted."""
-    head: int = 64
-    """Bytes taken where a message begins, and no more: a `block` is shorter, and its payload has a place."""
     tick: float = 0.1
     """Seconds between two looks at deadlines and at the end-game."""
     hello: float = 15.0
@@ -359,19 +353,11 @@ class Swarm:
         if link.asks.greeted:
             # Also here: one that is dropped while it waits, and comes again, would bring a block each time.
             await self._room(link)
-        asks, room = link.asks, link.asks.room()
-        if room is not None and len(room) > self._limits.direct:
-            count = await link.stream.receive_into(room)
-            answers = asks.filled_untrusted(count)
-        else:
-            most = max(self._limits.head, asks.lacking) if room is None else self._limits.receive
-            data = await link.stream.receive_some(most)
-            count = len(data)
-            answers = asks.receive_untrusted(data)
+        count = await link.stream.receive_into(link.asks.room(), link.asks.next_room)
         if not count:
             raise PeerUnreachable(f"{peer} ended the stream")
         link.alive = True
-        for answer in answers:
+        for answer in link.asks.answers_untrusted(count):
             await self._answered(peer, link, answer)
 
     async def _room(self, link: Link) -> None:

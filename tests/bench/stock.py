@@ -17,6 +17,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from omnistore.net import negotiation
+from omnistore.net.interface import AT_ONCE, NextRoom, spread
 
 
 def use_stock_muxer() -> None:
@@ -39,9 +40,9 @@ def use_stock_muxer() -> None:
     async def ask(stream: Any, protocol: str) -> None:
         await MultiselectClient().select_one_of([TProtocol(protocol)], MultiselectCommunicator(stream))
 
-    async def receive_into(stream: Any, room: memoryview) -> int:
-        data = await receive_some(stream, len(room))
-        room[: len(data)] = data
+    async def receive_into(stream: Any, room: memoryview, more: NextRoom | None = None) -> int:
+        data = await receive_some(stream, len(room) if more is None else max(len(room), AT_ONCE))
+        spread(data, room, more)
         return len(data)
 
     write_one = YamuxStream.write

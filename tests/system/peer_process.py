@@ -32,6 +32,12 @@ async def deaf(stream: Stream) -> None:
     await trio.sleep_forever()
 
 
+async def sink(stream: Stream) -> None:
+    """Takes in everything."""
+    while await stream.receive_some(1 << 20):
+        pass
+
+
 async def source(stream: Stream) -> None:
     """Sends for ever."""
     data = bytes(1 << 20)
@@ -44,7 +50,7 @@ async def source(stream: Stream) -> None:
 
 async def main(listen: str) -> None:
     async with open_network(PrivateKey(secrets.token_bytes(32)), [listen]) as network:
-        for server in (echo, broken, deaf, source):
+        for server in (echo, broken, deaf, sink, source):
             network.serve(f"/test/{server.__name__}", server)
         print(json.dumps({"peer_id": network.peer_id, "addrs": list(network.addrs())}), flush=True)
         await trio.sleep_forever()

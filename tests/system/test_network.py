@@ -23,7 +23,7 @@ from omnistore.keys import PrivateKey
 from omnistore.net import frames
 from omnistore.net.interface import Provider, Stream
 from omnistore.net.libp2p import Libp2pNetwork, NetworkOptions, open_network
-from omnistore.net.yamux import Liveness
+from omnistore.net.yamux import TURN, Liveness
 
 PEER = Path(__file__).with_name("peer_process.py")
 LOCAL = "/ip4/127.0.0.1/tcp/0"
@@ -172,6 +172,63 @@ async def test_bytes_go_into_the_readers_memory(peer: Peer, network: Libp2pNetwo
                 got += await stream.receive_some(10)
             assert await stream.receive_into(room) == 0
     assert bytes(got) == data
+
+
+@pytest.mark.trio
+async def test_one_receive_may_fill_one_room_after_the_other(peer: Peer, network: Libp2pNetwork) -> None:
+    data = random.Random(5).randbytes(4_000_000)
+    stream = await network.open_stream(peer.provider, "/test/echo")
+    memory = memoryview(bytearray(len(data)))
+    sizes = [4, 30, 1 << 20, 4, 30, 100_000, 1]
+    at, given = 0, 0
+
+    def room() -> memoryview:
+        nonlocal given
+        given += 1
+        return memory[at : at + sizes[given % len(sizes)]]
+
+    def more() -> memoryview | None:
+        nonlocal at, current
+        at += len(current)
+        # Now and then there is nowhere to put more.
+        current = room() if given % 5 else memory[:0]
+        return current or None
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, data)
+        with trio.fail_after(20):
+            total = 0
+            while total < len(data):
+                current = room()
+                begin = at
+                total += await stream.receive_into(current, more)
+                # What of the last room is filled, nobody was told.
+                at = begin + (total - begin)
+    assert bytes(memory) == data
+    await stream.reset()
+
+
+@pytest.mark.trio
+async def test_a_task_that_sends_much_lets_others_have_their_turns(
+    network: Libp2pNetwork, peer: Peer
+) -> None:
+    size = 32 << 20
+    stream = await network.open_stream(peer.provider, "/test/sink")
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        with trio.fail_after(60):
+            await stream.send_all(bytes(size))
+        nursery.cancel_scope.cancel()
+    assert turns >= size // TURN // 2
+    await stream.reset()
 
 
 @pytest.mark.trio

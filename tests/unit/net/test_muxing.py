@@ -190,7 +190,7 @@ def fill(core: Muxing, data: bytes, step: int) -> None:
         if room is None:
             core.receive_untrusted(record, 0.0)
         else:
-            room[:] = record
+            room[: len(record)] = record
             core.filled_untrusted(len(record), 0.0)
 
 
@@ -203,6 +203,24 @@ def test_what_arrives_goes_into_lent_room_and_the_rest_waits() -> None:
     fill(other, drain(one), 100)
     assert other.reclaim(theirs) == 0
     assert bytes(lent) + taken(other, theirs) == sent
+    assert other.buffered == 0
+
+
+def test_one_room_after_the_other_is_filled_while_there_is_one() -> None:
+    one, other, mine, theirs = pair()
+    sent = bytes(n % 251 for n in range(1000))
+    one.write(mine, memoryview(sent))
+    rooms = [memoryview(bytearray(size)) for size in (4, 300, 1, 500)]
+    rest = iter(rooms[1:])
+    other.touched.clear()
+    other.lend(theirs, rooms[0], 0.0, lambda: next(rest, None))
+    data = drain(one)
+    fill(other, data[: f.HEADER_SIZE + 3], 1000)
+    assert theirs not in other.touched
+    fill(other, data[f.HEADER_SIZE + 3 :], 100)
+    assert theirs in other.touched, "a room is full: its owner hears of it"
+    assert other.reclaim(theirs) == 0
+    assert b"".join(rooms) + taken(other, theirs) == sent
     assert other.buffered == 0
 
 
@@ -398,6 +416,24 @@ def test_a_truncated_frame_is_named(cut: int) -> None:
         core.end_untrusted()
 
 
+class Rooms:
+    """One piece of memory, lent in rooms that grow."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = memoryview(bytearray(size))
+        self._at = 0
+        self.room = self._memory[:4]
+
+    def more(self) -> memoryview | None:
+        self._at += len(self.room)
+        self.room = self._memory[self._at : 8 * self._at]
+        return self.room or None
+
+    def filled(self, left: int) -> bytes:
+        """What was put there, when so much was left of the last room."""
+        return bytes(self._memory[: self._at + len(self.room) - left])
+
+
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(["open", "write", "take", "lend", "close", "reset", "carry"]), st.integers(0, 2**20)
@@ -414,7 +450,7 @@ def test_two_cores_never_accuse_each_other(actions: list[tuple[str, int]], cuts:
     ends: list[tuple[Muxing, StreamState]] = []
     sent: dict[tuple[bool, int], int] = {}
     got: dict[tuple[bool, int], int] = {}
-    rooms: dict[tuple[bool, int], memoryview] = {}
+    rooms: dict[tuple[bool, int], Rooms] = {}
 
     def check(side: tuple[bool, int], data: bytes) -> None:
         begin = got.get(side, 0)
@@ -447,13 +483,12 @@ def test_two_cores_never_accuse_each_other(actions: list[tuple[str, int]], cuts:
                     core.write(stream, data[: number % 5], data[number % 5 :])
                 sent[side] = begin + number % 70_000
             elif action == "take" and side in rooms:
-                lent = rooms.pop(side)
-                check(side, bytes(lent[: len(lent) - core.reclaim(stream)]))
+                check(side, rooms.pop(side).filled(core.reclaim(stream)))
             elif action == "take":
                 check(side, taken(core, stream, number))
             elif action == "lend" and side not in rooms and not stream.received:
-                rooms[side] = memoryview(bytearray(1 + number % 100_000))
-                core.lend(stream, rooms[side], 0.0)
+                lent = rooms[side] = Rooms(1 + number % 100_000)
+                core.lend(stream, lent.room, 0.0, lent.more if number % 3 else None)
             elif action == "close":
                 core.close(stream)
             elif action == "reset":

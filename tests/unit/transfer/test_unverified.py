@@ -18,7 +18,7 @@ from omnistore import dagcbor
 from omnistore.block import Block
 from omnistore.cid import CID
 from omnistore.errors import NoProviders, PeerUnreachable, StoreFull
-from omnistore.net.interface import Provider, Stream, StreamServer
+from omnistore.net.interface import NextRoom, Provider, Stream, StreamServer, spread
 from omnistore.transfer.demand import Wanted
 from omnistore.transfer.events import WantsAdded
 from omnistore.transfer.messages import REQUESTER, Decoder, Deliver, Have, Hello, Holds, Want, encode
@@ -97,9 +97,9 @@ class PeerStream:
         await self.server.gate.wait()
         return await self.incoming.receive()
 
-    async def receive_into(self, room: memoryview) -> int:
-        data = await self.incoming.receive()
-        room[: len(data)] = data
+    async def receive_into(self, room: memoryview, more: NextRoom | None = None) -> int:
+        data = await self.receive_some(1 << 20)
+        spread(data, room, more)
         return len(data)
 
     async def receive_exactly(self, count: int) -> bytes:
