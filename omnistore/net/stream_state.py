@@ -40,6 +40,9 @@ class MuxLimits:
     growth_trips: float = 1.5
     """A window grows when half of it was used within so many round trips: up to some four times what
     the path holds. More would only be queued on the way, and what comes after it would wait."""
+    growth_least: float = 0.003
+    """Seconds in which half of a window may go in any case: within them either side may do something else,
+    such as hash a block, and the other stands still once it has used up its window."""
     far: float = 0.01
     """Seconds of a round trip from which a path is a long one, on which packets get lost: what comes
     behind a lost one waits for a round trip or more until that was sent again."""

@@ -301,6 +301,15 @@ def test_a_window_stays_when_it_is_used_slowly() -> None:
     assert theirs.target == f.INITIAL_WINDOW
 
 
+@pytest.mark.parametrize(("share", "grows"), [(0.9, True), (1.1, False)])
+def test_on_a_very_short_path_a_window_grows_to_what_bridges_a_pause(share: float, grows: bool) -> None:
+    one, other, mine, theirs = pair()
+    other.ping(0.0)
+    exchange(one, other, 0.0001)
+    transfer(one, other, mine, theirs, share * LIMITS.growth_least)
+    assert (theirs.target > f.INITIAL_WINDOW) is grows
+
+
 @pytest.mark.parametrize(("trip", "grows"), [(LIMITS.far / 2, False), (LIMITS.far, True)])
 def test_on_a_long_path_a_window_grows_within_more_round_trips(trip: float, grows: bool) -> None:
     one, other, mine, theirs = pair()
