@@ -7,6 +7,7 @@ write a decision in spec/decisions.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from omnistore.testing.tiny_gguf import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("omnistore/**/*.py"), *ROOT.glob("omninfer/**/*.py")])
@@ -235,14 +238,54 @@ def test_every_module_says_what_it_is(path: Path) -> None:
     assert doc is not None and len(doc) > 20, f"{path.name} has no module docstring"
 
 
-def test_help_imports_nothing_heavy() -> None:
+HEAVY = {
+    "libp2p",
+    "mlx",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "sqlite_utils",
+    "rich",
+    "httpx",
+    "zeroconf",
+    "jinja2",
+}
+LOCAL = {*HEAVY, "trio", "omnistore.node", "omnistore.transfer.client", "omnistore.net.libp2p"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unneeded"),
+    [
+        (["--help"], {*LOCAL, "cryptography", "cbor2", "sqlite3"}),
+        (["add", "--json", "FILE"], {*LOCAL, "hashlib", "omnistore.transfer.hints", "omnistore.membership"}),
+        (["ls", "--json"], {*LOCAL, "omnistore.membership"}),
+        (["show", "--json", "m"], LOCAL),
+        (["du"], LOCAL),
+        (["id"], {*LOCAL, "sqlite3"}),
+        (["config"], {*LOCAL, "sqlite3"}),
+        (["status"], {*HEAVY, "omnistore.node", "omnistore.transfer.client", "omnistore.http.daemon"}),
+        (["peers"], {*HEAVY, "omnistore.node", "omnistore.transfer.client", "omnistore.http.daemon"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_imports_what_it_uses(command: list[str], unneeded: set[str], tmp_path: Path) -> None:
+    """By names: half of a short command's time is imports, and nobody sees them come."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(tiny_model(layers=1).build())
     code = (
         "import sys; from omnistore.cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'libp2p', 'trio', 'mlx', 'numpy', "
-        "'onnx', 'onnxruntime', 'sqlite_utils', 'rich'} & set(sys.modules)\n"
-        "print('HEAVY', sorted(heavy))"
+        "code = main(sys.argv[2:])\n"
+        "print('LOADED', code, sorted(set(sys.argv[1].split()) & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in done.stdout
+    environ = {**os.environ, "OMNI_HOME": str(tmp_path / "home")}
+
+    def loaded(words: list[str]) -> str:
+        called = [sys.executable, "-c", code, " ".join(unneeded), *words]
+        done = subprocess.run(called, capture_output=True, text=True, check=True, env=environ)
+        return done.stdout.splitlines()[-1]
+
+    if command[0] in ("ls", "show", "du"):
+        loaded(["add", str(file)])
+    words = [str(file) if word == "FILE" else word for word in command]
+    # No seed runs here, which is what the last two find.
+    assert loaded(words) == f"LOADED {9 if command[0] in ('status', 'peers') else 0} []"

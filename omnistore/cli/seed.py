@@ -201,7 +201,8 @@ async def _answer_http(daemon: Daemon) -> list[str]:
 
 async def _answer_locally(output: Output, daemon: Daemon) -> None:
     """Answer this machine's user on the home's socket, for as long as the node runs."""
-    from omnistore.http.local import MAX_PATH, local_app, socket_path
+    from omnistore.http.agreement import MAX_PATH, socket_path
+    from omnistore.http.local import local_app
     from omnistore.http.server import open_unix, serve_http
 
     path = socket_path(daemon.settings.home)

@@ -10,14 +10,16 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import trio
 
 from omnistore.errors import PeerUnreachable
-from omnistore.http.local import error_untrusted, socket_path
-from omnistore.pinning import Document, PinRequest
+from omnistore.http.agreement import error_untrusted, socket_path
+
+if TYPE_CHECKING:
+    from omnistore.pinning import Document, PinRequest
 
 
 async def running_seed(home: Path) -> LocalSeed | None:

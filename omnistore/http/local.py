@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 import trio
 
-from omnistore import errors
 from omnistore.errors import InputError, OmniError, PeerUnreachable
+from omnistore.http.agreement import error_document
 from omnistore.http.daemon import Daemon
 from omnistore.http.message import App, Request, Response, json_response
 from omnistore.http.metrics import CONTENT_TYPE, render
@@ -26,12 +25,8 @@ from omnistore.pinning import Document, PinRequest, request_untrusted, run_pin
 
 _log = logging.getLogger(__name__)
 
-SOCKET: Final = "api.sock"
-"""In the home."""
 LOCK: Final = "seed.lock"
 """In the home; held by the one seed that runs there."""
-MAX_PATH: Final = 103
-"""Bytes of a socket's name that every system takes."""
 JSON_LINES: Final = "application/jsonl"
 KEEP_ALIVE: Final = 1.0
 """Seconds without an event after which an empty line is sent: a client that left shows itself so."""
@@ -44,11 +39,6 @@ _METHODS: Final = MappingProxyType(
         "/v1/pin": "POST",
     }
 )
-
-
-def socket_path(home: Path) -> Path:
-    """Where a seed of this home answers."""
-    return home / SOCKET
 
 
 def local_app(daemon: Daemon) -> App:
@@ -171,22 +161,3 @@ class PinEvents:
         if event["event"] == "done":
             self._daemon.statistics.bytes_pinned += event["bytes_fetched"]
         self._send.send_nowait(event)
-
-
-def error_document(error: OmniError) -> Document:
-    """An error for another process, as the command line prints it with `--json`."""
-    return {
-        "event": "error",
-        "error": type(error).__name__,
-        "message": error.message,
-        "remedy": error.remedy,
-    }
-
-
-def error_untrusted(document: Document) -> OmniError:
-    """The error in a document; an `OmniError` when its class is not one of ours."""
-    kind = getattr(errors, str(document.get("error")), None)
-    if not (isinstance(kind, type) and issubclass(kind, OmniError)):
-        kind = OmniError
-    remedy = document.get("remedy")
-    return kind(str(document.get("message")), remedy=remedy if isinstance(remedy, str) else None)

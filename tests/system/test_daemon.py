@@ -18,8 +18,8 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from omnistore.http.agreement import socket_path
 from omnistore.http.client import ask_seed, running_seed
-from omnistore.http.local import socket_path
 from omnistore.testing.tiny_gguf import tiny_model
 
 if TYPE_CHECKING:
