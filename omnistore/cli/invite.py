@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Final
 
 import click
+import trio
 
 from omnistore.cli.home import config
 from omnistore.cli.output import Output, with_output
 from omnistore.config import Config, load_key
 from omnistore.documents import write_private
 from omnistore.errors import InputError
+from omnistore.http.client import running_seed
 from omnistore.invite import MAX_ADDRESSES
 from omnistore.invite import invite as make
 from omnistore.membership import found, membership
@@ -32,7 +34,7 @@ DEFAULT_EXPIRY: Final = "7d"
 @click.option("--expires", default=DEFAULT_EXPIRY, show_default=True, help="For how long the token is good.")
 @click.option(
     "--address", "addresses", multiple=True, metavar="MADDR",
-    help="Where members reach this node; default: its `announce` and `listen` settings and interfaces.",
+    help="Where members reach this node; default: what its running seed says, else its settings say.",
 )  # fmt: skip
 @click.option("--output", "to", type=click.Path(path_type=Path), help="Write it to this file, mode 0600.")
 @with_output
@@ -68,7 +70,7 @@ def _bootstrap(settings: Config, peer_id: str, given: tuple[str, ...]) -> tuple[
     for addr in given:
         if parse_dialable_untrusted(_of_peer(addr, peer_id))[0].is_wildcard:
             raise InputError(f"{addr} is no address that others can reach")
-    wanted = list(given or settings.announce)
+    wanted = list(given) or _of_seed(settings) or list(settings.announce)
     if not wanted:
         listening = [parse_untrusted(text) for text in settings.listen or default_listen()]
         reachable = expand(listening, interface_addresses())
@@ -79,6 +81,16 @@ def _bootstrap(settings: Config, peer_id: str, given: tuple[str, ...]) -> tuple[
             remedy="Name one with --address, as others see it: /ip4/…/tcp/4141.",
         )
     return tuple(_of_peer(addr, peer_id) for addr in dict.fromkeys(wanted))[:MAX_ADDRESSES]
+
+
+def _of_seed(settings: Config) -> list[str]:
+    """Where others reach the seed that runs on this home, whatever options it was started with."""
+
+    async def ask() -> list[str]:
+        seed = await running_seed(settings.home)
+        return [] if seed is None else (await seed.get("/v1/status"))["addrs"]
+
+    return [addr for addr in trio.run(ask) if not parse_dialable_untrusted(addr)[0].is_loopback]
 
 
 def _of_peer(addr: str, peer_id: str) -> str:

@@ -45,7 +45,9 @@ class _Ahead:
             try:
                 self._answer.take_untrusted(data)
             except RemoteProtocolError as error:
-                raise MultiselectClientError(f"the peer {error.message}") from None
+                raise MultiselectClientError(
+                    f"the peer {error.message}: it may be in a private swarm"
+                ) from None
         data = await self._conn.read(n)
         return bytes(data)
 

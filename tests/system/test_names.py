@@ -145,6 +145,15 @@ def test_a_private_swarm(
     assert omni("join", "--file", token, home=other).returncode == 0
 
 
+def test_an_invitation_names_where_the_running_seed_is(home: Path, omni: Run, start_seed: StartSeed) -> None:
+    outside = "/ip4/203.0.113.7/tcp/5000"
+    start_seed(home, "--no-mdns", "--announce", outside).event("ready")
+    done = omni("invite", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    me = omni("id", home=home).stdout.strip()
+    assert json.loads(done.stdout)["bootstrap"] == [f"{outside}/p2p/{me}"]
+
+
 def test_an_expired_invitation_is_refused(home: Path, tmp_path: Path, omni: Run) -> None:
     made = omni("invite", "--expires", "0.001s", "--address", "/ip4/127.0.0.1/tcp/1", home=home)
     refused = omni("join", made.stdout.strip(), home=tmp_path / "other")
