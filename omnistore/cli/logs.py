@@ -48,3 +48,10 @@ def configure_logging(verbose: int, quiet: bool = False, form: LogFormat = "text
 def note(text: str) -> None:
     """Something a command says to people, as a line of the log."""
     logging.getLogger(NOTES).info("%s", text)
+
+
+def complain(text: str) -> None:
+    """Why a command failed, as a line of the log; in JSON, whether logging was configured by then or not."""
+    if not logging.getLogger().handlers:
+        configure_logging(0, form="json")
+    logging.getLogger(NOTES).error("%s", text)

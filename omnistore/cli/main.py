@@ -12,12 +12,14 @@ import errno
 import gc
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -25,6 +27,7 @@ from typing import Any, Final
 import click
 
 from omnistore import errors
+from omnistore.cli.logs import complain
 from omnistore.cli.output import tell
 from omnistore.errors import OmniError
 
@@ -159,12 +162,29 @@ def omni() -> None:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """How a command line wants to be told of errors.
+
+    Read from its words, not from click: one that click refuses has no parsed options.
+    """
+
+    json: bool
+    """A document on stdout."""
+    log_json: bool
+    """Lines of JSON on stderr."""
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> _Asked:
+        pairs = itertools.pairwise(words)
+        return cls("--json" in words, "--log-format=json" in words or ("--log-format", "json") in pairs)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; its exit code."""
     _mend_streams()
     argv = list(sys.argv[1:] if args is None else args)
-    # Asked of the words, not of click: a command line that click refuses has no parsed options.
-    as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
+    asked = _Asked.of(argv[: argv.index("--")] if "--" in argv else argv)
     try:
         if _COMPLETION in os.environ:
             omni.main(argv, prog_name="omni", complete_var=_COMPLETION)
@@ -175,7 +195,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except BaseException as error:  # noqa: BLE001  the one place where every error becomes an exit code
-        return _report(error, as_json)
+        return _report(error, asked)
 
 
 def _mend_streams() -> None:
@@ -193,7 +213,7 @@ def _mend_streams() -> None:
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
-def _report(error: BaseException, as_json: bool) -> int:
+def _report(error: BaseException, asked: _Asked) -> int:
     """Say what went wrong, and the exit code that says it to programs."""
     leaves = list(_leaves(error))
     if any(isinstance(leaf, KeyboardInterrupt | click.Abort) for leaf in leaves):
@@ -205,7 +225,7 @@ def _report(error: BaseException, as_json: bool) -> int:
         if isinstance(leaf, OSError) and leaf.errno in _NO_ROOM and leaf.filename is None:
             _silence_stdout()
             remedy = "Free some space, or send the output elsewhere."
-            _say(type(leaf).__name__, f"the output can not be written: {leaf.strerror}", remedy, as_json)
+            _say(type(leaf).__name__, f"the output can not be written: {leaf.strerror}", remedy, asked)
             return errors.StoreFull.exit_code
     for leaf in leaves:
         if isinstance(leaf, SystemExit):
@@ -216,13 +236,13 @@ def _report(error: BaseException, as_json: bool) -> int:
             tell(leaf.format_message())
             return errors.InputError.exit_code
         if isinstance(leaf, click.ClickException):
-            _say(type(leaf).__name__, leaf.format_message(), _usage(leaf), as_json)
+            _say(type(leaf).__name__, leaf.format_message(), _usage(leaf), asked)
             return errors.InputError.exit_code
     known = [leaf for leaf in leaves if isinstance(leaf, OmniError)]
     if len(known) < len(leaves):
-        return _report_bug(error, as_json)
+        return _report_bug(error, asked)
     for leaf in known:
-        _say(type(leaf).__name__, leaf.message, leaf.remedy, as_json)
+        _say(type(leaf).__name__, leaf.message, leaf.remedy, asked)
     if os.environ.get("OMNI_DEBUG") == "1":
         traceback.print_exception(error)
     return known[0].exit_code
@@ -233,10 +253,10 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report_bug(error: BaseException, as_json: bool) -> int:
+def _report_bug(error: BaseException, asked: _Asked) -> int:
     leaf = next(leaf for leaf in _leaves(error) if not isinstance(leaf, OmniError))
     remedy = "This is a bug in omni. Set OMNI_DEBUG=1 to see where, and report it."
-    _say(type(leaf).__name__, f"{type(leaf).__name__}: {leaf}", remedy, as_json)
+    _say(type(leaf).__name__, f"{type(leaf).__name__}: {leaf}", remedy, asked)
     if os.environ.get("OMNI_DEBUG") == "1":
         traceback.print_exception(error)
     return _BUG
@@ -247,9 +267,13 @@ def _usage(error: click.ClickException) -> str | None:
     return f"See `{context.command_path} --help`." if context else None
 
 
-def _say(kind: str, message: str, remedy: str | None, as_json: bool) -> None:
-    tell(f"omni: {OmniError(message, remedy=remedy).diagnosis()}")
-    if as_json:
+def _say(kind: str, message: str, remedy: str | None, asked: _Asked) -> None:
+    diagnosis = OmniError(message, remedy=remedy).diagnosis()
+    if asked.log_json:
+        complain(diagnosis)
+    else:
+        tell(f"omni: {diagnosis}")
+    if asked.json:
         # The exit code says it as well, should stdout be what failed.
         with contextlib.suppress(OSError):
             click.echo(json.dumps({"event": "error", "error": kind, "message": message, "remedy": remedy}))

@@ -210,3 +210,16 @@ def test_with_nobody_to_ask_a_command_says_so_and_waits_for_nobody(
     done = omni(*[named.get(word, word) for word in words])
     assert (done.returncode, "there is nobody to ask" in done.stderr) == (2, True), done.stderr
     assert "--bootstrap" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["show", "nope", "--log-format", "json"], ["show", "--log-format=json", "--nonsense"]],
+    ids=["by omni", "by click"],
+)
+def test_an_error_is_a_line_of_json_where_the_log_is(words: list[str], omni: Run) -> None:
+    done = omni(*words)
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["logger"], done.stdout) == ("error", "omni", "")
+    assert ("nope" in told["message"]) or ("--nonsense" in told["message"])
