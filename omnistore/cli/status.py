@@ -36,7 +36,7 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("running", f"for {_duration(told['uptime_seconds'])} as process {told['pid']}"),
         ("peers", f"{told['peers_connected']} connected, {told['streams']} transfers open"),
         ("sent", f"{size(told['bytes_sent'])}, received {size(told['bytes_received'])}"),
-        ("holds", f"{told['models']} models, {size(told['bytes_held'])}"),
+        ("holds", f"{told['models']} model{'s' * (told['models'] != 1)}, {size(told['bytes_held'])}"),
         (
             "announced",
             f"{told['announcements']['stored']} times, {told['announcements']['unconfirmed']} in vain",

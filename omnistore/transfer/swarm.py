@@ -242,8 +242,11 @@ class Swarm:
         self._finished.set()
 
     def _explain(self, command: e.Failed) -> OmniError:
-        lacking = f"{len(command.missing)} blocks missing, the first {command.missing[0]}"
-        faults = [f"{peer}: {why}" for peer, why in {**self.tally.unreachable, **self.tally.dropped}.items()]
+        count = len(command.missing)
+        lacking = f"{count} block{'s' * (count > 1)} missing, the first {command.missing[0]}"
+        told_of = {**self.tally.unreachable, **self.tally.dropped}
+        # What could not be reached names itself.
+        faults = [why if peer in why else f"{peer}: {why}" for peer, why in told_of.items()]
         told = "; ".join(faults[:5])
         if command.kind == "timed-out":
             limit = self.session.limits.stall_timeout
