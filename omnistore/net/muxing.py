@@ -385,7 +385,8 @@ class Muxing:
             return
         limits, trip = self.limits, self.round_trip
         trips = limits.growth_trips if trip is None or trip < limits.far else limits.growth_trips_far
-        fast = trip is not None and now - stream.opened_at < max(trips * trip, limits.growth_least)
+        least = limits.growth_least if stream.target < limits.bridge else 0.0
+        fast = trip is not None and now - stream.opened_at < max(trips * trip, least)
         more = min(stream.target, self.limits.window - stream.target, self.limits.growth - self._grown)
         if fast and more > 0:
             # What grows it is a short round trip's absence: look whether there is a shorter one.

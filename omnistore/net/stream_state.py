@@ -43,6 +43,8 @@ class MuxLimits:
     growth_least: float = 0.003
     """Seconds in which half of a window may go in any case: within them either side may do something else,
     such as hash a block, and the other stands still once it has used up its window."""
+    bridge: int = 4 << 20
+    """Bytes that a window grows to by that rule: more than a pause takes only fills memory."""
     far: float = 0.01
     """Seconds of a round trip from which a path is a long one, on which packets get lost: what comes
     behind a lost one waits for a round trip or more until that was sent again."""

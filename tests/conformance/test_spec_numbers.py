@@ -96,8 +96,8 @@ IN_DISCOVERY = [
     f" bytes",
     f"lets a window grow to {MUX.window // MIB} MiB while half of it is used within one and a half round"
     f" trips,"
-    f" or {many(round(MUX.growth_trips_far))} where a round trip takes {MUX.far * 1000:g} ms or more, or"
-    f" within {MUX.growth_least * 1000:g} ms; all windows"
+    f" or {many(round(MUX.growth_trips_far))} where a round trip takes {MUX.far * 1000:g} ms or more, or, up"
+    f" to {MUX.bridge // MIB} MiB, within {MUX.growth_least * 1000:g} ms; all windows"
     f" of a connection by {MUX.growth // MIB} MiB together",
     f"Ours: {NET.dial_deadline:g} s for a dial (`dial_timeout`), all addresses of the peer together"
     f" ({dialing.MAX_ADDRESSES} of"

@@ -93,7 +93,8 @@ def muxing(data: bytes) -> None:
             for number, stream in enumerate(list(core.streams.values())):
                 core.take(stream, 7, 0.0)
                 if number % 2 == 0 and not stream.received:
-                    core.lend(stream, memoryview(bytearray(5 + cut)), 0.0)
+                    rooms = iter([memoryview(bytearray(size)) for size in (5 + cut, 3, 70)])
+                    core.lend(stream, next(rooms), 0.0, lambda rooms=rooms: next(rooms, None))  # type: ignore[misc]
             core.receive_untrusted(piece, 0.0)
             for stream in list(core.streams.values()):
                 core.take(stream, 7, 0.0)

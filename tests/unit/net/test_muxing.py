@@ -307,7 +307,7 @@ def test_on_a_very_short_path_a_window_grows_to_what_bridges_a_pause(share: floa
     other.ping(0.0)
     exchange(one, other, 0.0001)
     transfer(one, other, mine, theirs, share * LIMITS.growth_least)
-    assert (theirs.target > f.INITIAL_WINDOW) is grows
+    assert theirs.target == (LIMITS.bridge if grows else f.INITIAL_WINDOW)
 
 
 @pytest.mark.parametrize(("trip", "grows"), [(LIMITS.far / 2, False), (LIMITS.far, True)])
