@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Final
 
-from omninfer.engines.ort_weights import REST_BLOCK, WITH_MINIMUMS
+from omninfer.engines.ort_weights import REST_BLOCK, WITH_MINIMUMS, block_of
 from omninfer.engines.packing import FORMS
 from omnistore.chunker.ggml import by_name, nbytes
 
@@ -49,8 +49,8 @@ def _ort(kind: str, shape: tuple[int, ...]) -> int:
     rows, columns = _matrix(shape)
     if kind in _PLAIN_BYTES:
         return 4 * rows * columns
-    bits, group = FORMS[kind]
-    blocks = columns // group
+    bits, _ = FORMS[kind]
+    blocks = columns // block_of(kind)
     rests = rows * ceil(blocks / REST_BLOCK) * (REST_BLOCK + 8) if kind in WITH_MINIMUMS else 0
     return rows * columns * (4 if bits <= 4 else 8) // 8 + 8 * rows * blocks + rests
 
@@ -58,7 +58,7 @@ def _ort(kind: str, shape: tuple[int, ...]) -> int:
 def _ort_loading(kind: str, shape: tuple[int, ...]) -> int:
     """What a graph has mapped beside while it loads: the scales once more."""
     rows, columns = _matrix(shape)
-    return 0 if kind in _PLAIN_BYTES else 4 * rows * (columns // FORMS[kind][1])
+    return 0 if kind in _PLAIN_BYTES else 4 * rows * (columns // block_of(kind))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

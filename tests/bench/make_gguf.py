@@ -5,8 +5,8 @@
 
 Tensors come in the order in which llama-quantize writes them (outside the layers first, then layer by layer,
 each sorted by name), cost bounded memory, and hold finite numbers of a sensible scale, so that an engine can
-run the file; what it says is noise. There is no tokenizer. The same arguments give the same bytes; another
-seed changes every tensor but the norms.
+run the file; what it says is noise. There is no tokenizer, unless a shape asks for one. The same arguments
+give the same bytes; another seed changes every tensor but the norms.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TYPES = {
 MIXES = {"Q4_K_M": "Q4_K"}
 """Mixes of types, and the type of most of their tensors."""
 F32_CODE = 0
-STRING, UINT8, UINT32, FLOAT32, ARRAY = 8, 0, 4, 6, 9
+STRING, UINT8, UINT32, INT32, FLOAT32, ARRAY = 8, 0, 4, 5, 6, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class Shape:
     width: int
     hidden: int
     vocabulary: int
+    words: bool = False
+    """Whether there is a tokenizer: every byte, and made-up words."""
 
     @property
     def kv_width(self) -> int:
@@ -139,10 +141,12 @@ def header(shape: Shape, filler: int) -> bytes:
         "llama.rope.dimension_count": HEAD_WIDTH,
         "llama.vocab_size": shape.vocabulary,
     }
-    texts = {"general.architecture": "llama", "general.name": "Noise", "tokenizer.ggml.model": "no_vocab"}
+    model = "llama" if shape.words else "no_vocab"
+    texts = {"general.architecture": "llama", "general.name": "Noise", "tokenizer.ggml.model": model}
     pairs = [_text(key) + struct.pack("<I", STRING) + _text(value) for key, value in texts.items()]
     pairs += [_text(key) + struct.pack("<II", UINT32, value) for key, value in integers.items()]
     pairs.append(_text("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", FLOAT32, 1e-5))
+    pairs += _tokenizer(shape.vocabulary) if shape.words else []
     pairs.append(_text("bench.filler") + struct.pack("<IIQ", ARRAY, UINT8, filler) + bytes(filler))
     infos, offset = [], 0
     for name, dims in shape.tensors():
@@ -151,6 +155,26 @@ def header(shape: Shape, filler: int) -> bytes:
         offset += _aligned(shape.bytes_of(name, dims))
     data = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs)) + b"".join(pairs) + b"".join(infos)
     return data + bytes(_aligned(len(data)) - len(data))
+
+
+def _tokenizer(count: int) -> list[bytes]:
+    """A SentencePiece vocabulary as metadata."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [2, 3, 3, *[6] * 256] + [1] * (count - len(tokens))
+    tokens += [f"▁word{n}" for n in range(count - len(tokens))]
+
+    def array(key: str, code: int, items: list[bytes]) -> bytes:
+        return _text(f"tokenizer.ggml.{key}") + struct.pack("<IIQ", ARRAY, code, len(items)) + b"".join(items)
+
+    return [
+        array("tokens", STRING, [_text(token) for token in tokens]),
+        array("scores", FLOAT32, [struct.pack("<f", -n) for n in range(count)]),
+        array("token_type", INT32, [struct.pack("<i", kind) for kind in kinds]),
+        *(
+            _text(f"tokenizer.ggml.{key}_token_id") + struct.pack("<II", UINT32, number)
+            for number, key in enumerate(("unknown", "bos", "eos"))
+        ),
+    ]
 
 
 def fitted(size: int, layers: int, kind: str) -> tuple[Shape, int]:
