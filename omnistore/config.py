@@ -141,7 +141,7 @@ class Config:
         " beyond is refused.",
         low=16, high=100_000,
     )  # fmt: skip
-    serve_peers: int = setting(
+    serve_streams: int = setting(
         256, "count",
         "Requesters served at once, at some 64 KiB each; in a full house those make room that nobody misses.",
         low=4, high=10_000,

@@ -284,7 +284,9 @@ def session_limits(config: Config) -> SessionLimits:
 
 
 def _serve_limits(config: Config) -> ServeLimits:
-    return ServeLimits(streams=config.serve_peers, ahead=config.serve_peer_memory, memory=config.serve_memory)
+    return ServeLimits(
+        streams=config.serve_streams, ahead=config.serve_peer_memory, memory=config.serve_memory
+    )
 
 
 def _ways(config: Config, options: NodeOptions) -> Ways:

@@ -33,7 +33,7 @@ class ServeLimits:
     streams: int = 256
     """Streams served at once: 256 requesters at 64 KiB of buffers are 16 MiB."""
     streams_per_peer: int = 4
-    """One for each of a few fetches; more is one peer taking several turns."""
+    """One for each of a few fetches; they share one peer's turns."""
     asks: int = 1024
     """Asks unanswered per stream: a window of 64 MiB in blocks of 64 KiB."""
     queries: int = 256
@@ -430,9 +430,12 @@ class Serving:
         return ReadBlocks(stream, tuple(asks))
 
     def _rotate(self, stream: int) -> None:
-        """It had its turn."""
-        self._turns.remove(stream)
-        self._turns.append(stream)
+        """Its peer had its turn, and with it all streams of that peer, which take it one after another."""
+        peer = self._lines[stream].peer
+        own = [one for one in self._turns if one in self._lines and self._lines[one].peer == peer]
+        others = [one for one in self._turns if one not in own]
+        own.remove(stream)
+        self._turns = deque((*others, *own, stream))
 
     def _want(self, line: _Line, first: int, links: Sequence[CID]) -> Error | None:
         if first != line.next_ask:

@@ -175,7 +175,8 @@ IN_DISCOVERY = [
 ]  # fmt: skip
 IN_TRANSFER = [
     f"Ours has {server.LAST_WORDS:g} s to bring the last word",
-    f"at most {SERVE.streams} streams (`streams` in the configuration), {SERVE.streams_per_peer} per peer",
+    f"at most {SERVE.streams} streams (`serve_streams` in the configuration),"
+    f" {SERVE.streams_per_peer} per peer",
     f"deaf for {serve.DEAF:g} s or with nothing asked for {serve.UNUSED:g} s",
     f"`hello` offers {SERVE.asks} asks and {SERVE.queries} queries",
     f"a turn is one query or up to {SERVE.batch} blocks",

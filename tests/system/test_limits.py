@@ -63,7 +63,7 @@ OBSERVED: dict[str, Callable[[Node, ServeLimits], object]] = {
     "fetch_peers": lambda node, serve: node.limits.peers,
     "dial_timeout": lambda node, serve: node.network.dialer.deadline,
     "connections": lambda node, serve: node.network.options.connections,
-    "serve_peers": lambda node, serve: serve.streams,
+    "serve_streams": lambda node, serve: serve.streams,
     "serve_memory": lambda node, serve: serve.memory,
     "serve_peer_memory": lambda node, serve: serve.ahead,
     "up_limit": lambda node, serve: node.upload._rate,
@@ -196,7 +196,7 @@ async def test_a_reservation_keeps_its_place_in_a_full_house(
 
 @pytest.mark.trio
 async def test_streams(home: Path) -> None:
-    async with seed(home, serve_peers=4) as node, stranger() as many, stranger() as late:
+    async with seed(home, serve_streams=4) as node, stranger() as many, stranger() as late:
         streams = [await many.open_stream(target(node), PROTOCOL) for _ in range(4)]
         for stream in streams:
             await stream.receive_some(100)

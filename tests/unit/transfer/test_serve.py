@@ -105,6 +105,16 @@ def test_streams_take_turns() -> None:
     ]
 
 
+def test_a_peer_gets_no_more_with_several_streams_than_with_one() -> None:
+    serving = Serving(ServeLimits(batch=1, ahead=100 * MIB, memory=100 * MIB))
+    many, one = [proven(serving) for _ in range(3)], proven(serving, "q")
+    for number, stream in enumerate([*many, one]):
+        serving.receive_untrusted(stream, Want(0, cids(10 * number, 4)))
+    turns = [stream for stream, _ in all_sent(serving)]
+    assert turns[:8] == [many[0], one, many[1], one, many[2], one, many[0], one]
+    assert sorted(turns) == sorted([*many, one] * 4)
+
+
 def test_what_was_given_least_goes_first() -> None:
     """A block given to one can be had from that one: the uplink is for what nobody else has."""
     serving = Serving(ServeLimits(batch=1, first=0))
