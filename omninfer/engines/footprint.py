@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Final
 
-from omninfer.engines.ort_weights import REST_BLOCK, WITH_MINIMUMS, block_of
+from omninfer.engines.ort_weights import REST_BLOCK, WITH_MINIMUMS
 from omninfer.engines.packing import FORMS
 from omnistore.chunker.ggml import by_name, nbytes
 
@@ -49,8 +49,8 @@ def _ort(kind: str, shape: tuple[int, ...]) -> int:
     rows, columns = _matrix(shape)
     if kind in _PLAIN_BYTES:
         return 4 * rows * columns
-    bits, _ = FORMS[kind]
-    blocks = columns // block_of(kind)
+    bits, group = FORMS[kind]
+    blocks = columns // group
     rests = rows * ceil(blocks / REST_BLOCK) * (REST_BLOCK + 8) if kind in WITH_MINIMUMS else 0
     return rows * columns * (4 if bits <= 4 else 8) // 8 + 8 * rows * blocks + rests
 
@@ -58,7 +58,7 @@ def _ort(kind: str, shape: tuple[int, ...]) -> int:
 def _ort_loading(kind: str, shape: tuple[int, ...]) -> int:
     """What a graph has mapped beside while it loads: the scales once more."""
     rows, columns = _matrix(shape)
-    return 0 if kind in _PLAIN_BYTES else 4 * rows * (columns // block_of(kind))
+    return 0 if kind in _PLAIN_BYTES else 4 * rows * (columns // FORMS[kind][1])
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -80,5 +80,5 @@ def held_bytes(engine: str, kind: str, shape: tuple[int, ...], *, head: bool = F
     known = kind in _PLAIN_BYTES or kind in FORMS or engine == "numpy"
     if held is None or not known:
         return None
-    # The head is one graph, and may be most of a stage; of the layers, one in six loads at a time.
+    # The head is one graph, and may be most of a stage; of the layers, two in four load at a time.
     return held(kind, shape) + (_ort_loading(kind, shape) if engine == "ort" and head else 0)

@@ -35,7 +35,7 @@ from omninfer.engines.ort_weights import ROOM_BYTES, Matrix, Operand
 from omnistore.errors import StoreFull
 from omnistore.store.disk import reserved, write_at
 
-VERSION: Final = 3
+VERSION: Final = 2
 """Of what `ort_weights` makes of a tensor, and of the order of it here: another one is another file."""
 PAGE: Final = mmap.ALLOCATIONGRANULARITY
 _DIGEST_BYTES: Final = 32

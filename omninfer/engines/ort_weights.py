@@ -7,9 +7,7 @@ weights of a row; without zeros of its own, a matrix has 2**(bits-1). Every quan
 - a type with minimums has the nearest whole zero of each block ("zeros") instead, and leaves scale * zero -
   minimum over, which multiplies the sum of the block's activations: one more product, of a 32nd of the size.
   These rests ("rests", "rest_scales") are 8 bits wide, to half a step of 1/127 of the largest of 32 blocks:
-  rounded by an order less than activations are in the products themselves;
-- Q6_K has a scale for each 16 weights, which would take 8 bytes (ONNX Runtime keeps a sum beside it): its
-  weights are rounded to 8 bits under a scale for each 64, by 0.5 % of their own size (`ROUNDED`).
+  the one thing here that is rounded, and by an order less than activations are in the products themselves.
 
 F32, F16 and BF16 are float32, the one of them that ONNX Runtime multiplies fast on CPUs. Several tensors that
 multiply the same activations are stacked into one matrix, row under row. Every operand is an array whose
@@ -28,13 +26,11 @@ from numpy.typing import NDArray
 from omninfer.engines.checks import PackedTensor
 from omninfer.engines.fields import F32, Bytes, Room, copied, halfs, moved, plain
 from omninfer.engines.interface import TensorSource
-from omninfer.engines.packing import FORMS, PLAIN, Groups, blocks_of, k_scales, unpack
+from omninfer.engines.packing import FORMS, PLAIN, blocks_of, k_scales, unpack
 
 WITH_MINIMUMS: Final = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
 REST_BLOCK: Final = 32
 """Rests that share a scale."""
-ROUNDED: Final = {"Q6_K": 64}
-"""Types whose weights are rounded to 8 bits, and how many share a scale then."""
 STEP_BYTES: Final = 2 << 20
 """Packed bytes taken apart at a time. With less the threads that do it wait more for each other's GIL, with
 more they leave the cores' caches."""
@@ -42,11 +38,6 @@ ROOM_BYTES: Final = 8 * STEP_BYTES
 """Room for them and what comes of them, of which only what is used takes memory."""
 Put = Callable[[str, int, NDArray[Any]], None]
 """Takes rows of an operand: its name, the first row's number, the rows, which are gone afterwards."""
-
-
-def block_of(kind: str) -> int:
-    """How many weights of a quantised type share a scale in the form that they are held in."""
-    return ROUNDED.get(kind, FORMS[kind][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +54,8 @@ class Form:
     def of(cls, tensor: PackedTensor) -> Form:
         if tensor.kind in PLAIN:
             return cls(32, 0, False)
-        bits, _ = FORMS[tensor.kind]
-        return cls(4 if bits <= 4 else 8, block_of(tensor.kind), tensor.kind in WITH_MINIMUMS)
+        bits, block = FORMS[tensor.kind]
+        return cls(4 if bits <= 4 else 8, block, tensor.kind in WITH_MINIMUMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +156,6 @@ def _repacked(form: Form, kind: str, packed: Bytes, room: Room) -> dict[str, NDA
             minimums = -halfs(blocks, 2, room) if form.minimums else None
     else:
         groups = unpack(kind, packed, room)
-        if kind in ROUNDED:
-            return _rounded(groups, form.block, room)
         codes, scales, minimums = groups.codes, groups.scales, groups.minimums
         if minimums is None:
             codes += np.uint8((1 << (form.bits - 1)) - groups.zero)
@@ -181,31 +170,6 @@ def _repacked(form: Form, kind: str, packed: Bytes, room: Room) -> dict[str, NDA
 _PAIRED: Final = {"Q4_0": (2, 16, 16), "Q4_1": (4, 16, 16), "Q4_K": (16, 128, 32)}
 """Where the bytes with codes lie in a block, how many they are, and how many hold a run of weights in their
 low nibbles and the next run in their high ones: such codes need no byte of their own on the way."""
-
-
-def _rounded(groups: Groups, block: int, room: Room) -> dict[str, NDArray[Any]]:
-    """Weights of a type without minimums as codes of 8 bits, to half a step of 1/127 of what the largest of a
-    block's codes could be. Products are in 16 bits, with the scales as 256ths of a step."""
-    rows, columns = groups.codes.shape
-    most = max(groups.zero, (1 << groups.bits) - 1 - groups.zero)
-    own = groups.scales.reshape(rows, columns // block, block // groups.group)
-    steps = np.abs(own).max(axis=-1) * np.float32(most / 127)
-    ratios = own / np.where(steps == 0, np.float32(1), steps)[..., None]
-    factors = np.rint(ratios * np.float32(256)).astype(np.int16).reshape(-1, 1)
-    # Each factor for all codes of its group, four at a time: numpy would walk along every group.
-    wide = room.array((factors.size, groups.group), np.int16)
-    four = np.repeat(factors, 4, axis=1).view(np.uint64)[:, 0]
-    for i in range(groups.group // 4):
-        wide.view(np.uint64)[:, i] = four
-    np.subtract(groups.codes, np.uint8(groups.zero), out=groups.codes)
-    products = room.array((rows, columns), np.int16)
-    products[...] = groups.codes.view(np.int8)
-    products *= wide.reshape(rows, columns)
-    sums = products.view(np.uint16)  # from 1 to 255 steps, which 16 bits with a sign do not hold
-    sums += np.uint16(128 * 256 + 128)
-    sums >>= np.uint16(8)
-    np.copyto(groups.codes, sums, casting="unsafe")
-    return {"codes": groups.codes, "scales": steps}
 
 
 def _minimums(bits: int, scales: F32, minimums: F32, room: Room) -> dict[str, NDArray[Any]]:
