@@ -47,6 +47,12 @@ class Doorway(Generic[T]):
         self._waiting.pop(id(who), None)
 
 
+def crowds(mine: int, left: int) -> bool:
+    """Whether an address that has `mine` connections may have no more where places for `left` are left: the
+    last ones are for others, or whoever connects fastest would have them all."""
+    return left <= PENDING and mine >= PENDING // 2
+
+
 @dataclass(frozen=True, slots=True)
 class Guest(Generic[T]):
     """A connection that somebody made to us."""
@@ -60,14 +66,21 @@ class Guest(Generic[T]):
 
 
 def to_let_go(guests: Iterable[Guest[T]], newest: T, now: float) -> T:
-    """Which of too many connections is ended, the newest one among them."""
+    """Which of too many connections is ended, the newest one among them.
+
+    One that something runs on is, if there is no other, where it is young and its address has most of the
+    house: what runs then is what every connection begins with.
+    """
     everybody = list(guests)
     counts = Counter(guest.host for guest in everybody)
-    host = next(guest.host for guest in everybody if guest.connection is newest)
-    idle = [
-        guest
-        for guest in everybody
-        if not (guest.busy or guest.connection is newest)
-        and (counts[guest.host] > counts[host] or now - guest.since >= LEFT_ALONE)
-    ]
-    return min(idle, key=lambda guest: (-counts[guest.host], guest.since)).connection if idle else newest
+    own = next(counts[guest.host] for guest in everybody if guest.connection is newest)
+
+    def may_go(guest: Guest[T]) -> bool:
+        young, others = now - guest.since < LEFT_ALONE, counts[guest.host]
+        if guest.connection is newest:
+            return False
+        return young and others > max(own, len(everybody) // 2) if guest.busy else others > own or not young
+
+    found = [guest for guest in everybody if may_go(guest)]
+    rank = min(found, key=lambda guest: (guest.busy, -counts[guest.host], guest.since), default=None)
+    return newest if rank is None else rank.connection

@@ -19,7 +19,7 @@ from typing import Any, Final
 import trio
 
 from omnistore.errors import OmniError
-from omnistore.net.admission import PENDING, Doorway, Guest, to_let_go
+from omnistore.net.admission import PENDING, Doorway, Guest, crowds, to_let_go
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,22 @@ def guard_inbound(swarm: Any, most: int, needed: Container[str]) -> None:
     since: dict[Any, tuple[str, float]] = {}
     leaving: set[Any] = set()
     # Its bound counts those in the doorway too; ours are in `doorway` and `make_room`.
-    swarm._inbound_limiter = trio.CapacityLimiter(most + 2 * PENDING)
+    places = swarm._inbound_limiter = trio.CapacityLimiter(most + 2 * PENDING)
+    handle: Callable[[Any, Any], Awaitable[None]] = swarm._handle_inbound_connection
+    taken: Counter[str] = Counter()
+
+    async def handle_unless_crowded(socket: Any, maddr: Any) -> None:
+        host = _host(socket)
+        if crowds(taken[host], int(places.available_tokens)):
+            await hang_up(socket)
+            return
+        taken[host] += 1
+        try:
+            await handle(socket, maddr)
+        finally:
+            taken[host] -= 1
+            if not taken[host]:
+                del taken[host]
 
     async def make_room(newest: Any) -> None:
         connections = {
@@ -89,8 +104,7 @@ def guard_inbound(swarm: Any, most: int, needed: Container[str]) -> None:
         await hang_up(connections[found])
 
     async def upgrade_and_wait(raw_conn: Any, maddr: Any) -> None:
-        address = raw_conn.get_remote_address()
-        host = str(address[0]) if address else ""
+        host = _host(raw_conn)
         turned = doorway.came(raw_conn, host)
         try:
             if turned is not None:
@@ -108,6 +122,13 @@ def guard_inbound(swarm: Any, most: int, needed: Container[str]) -> None:
         raise ConnectionEnded
 
     swarm.upgrade_inbound_raw_conn = upgrade_and_wait
+    swarm._handle_inbound_connection = handle_unless_crowded
+
+
+def _host(socket: Any) -> str:
+    """The IP address at the other end; empty for what has none."""
+    address = socket.get_remote_address()
+    return str(address[0]) if address else ""
 
 
 async def hang_up(conn: Any, patience: float = 1.0) -> None:

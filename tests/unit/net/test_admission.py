@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omnistore.net.admission import LEFT_ALONE, Doorway, Guest, to_let_go
+from omnistore.net.admission import LEFT_ALONE, PENDING, Doorway, Guest, crowds, to_let_go
 
 
 class Socket:
@@ -63,3 +63,22 @@ def test_a_flood_makes_room_for_others_at_once_and_for_itself_when_it_is_old() -
 def test_what_is_in_use_stays() -> None:
     crowd = [guest("busy", "flood", 0, busy=True), guest("too", "flood", 0, busy=True), guest("new", "x", 9)]
     assert to_let_go(crowd, "new", 99.0) == "new"
+
+
+def test_what_a_flood_begins_with_keeps_nobody_out() -> None:
+    """Identify runs on every new connection: a house full of those is not in use."""
+    flood = [guest(name, "flood", 98 + n / 10, busy=True) for n, name in enumerate("abcd")]
+    assert to_let_go([*flood, guest("new", "x", 99)], "new", 99.0) == "a"
+    idle = guest("idle", "flood", 98.9)
+    assert to_let_go([*flood, idle, guest("new", "x", 99)], "new", 99.0) == "idle"
+    # Of a house that is no one's, whoever is busy stays.
+    mixed = [guest(name, f"host {n // 2}", 98, busy=True) for n, name in enumerate("abcdef")]
+    assert to_let_go([*mixed, guest("new", "x", 99)], "new", 99.0) == "new"
+    # Nor does a flood turn out its own.
+    assert to_let_go([*flood, guest("new", "flood", 99)], "new", 99.0) == "new"
+
+
+def test_the_last_places_are_for_those_who_have_few() -> None:
+    assert not crowds(1000, PENDING + 1)
+    assert crowds(PENDING // 2, PENDING)
+    assert not crowds(PENDING // 2 - 1, 0)
