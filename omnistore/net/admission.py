@@ -82,5 +82,5 @@ def to_let_go(guests: Iterable[Guest[T]], newest: T, now: float) -> T:
         return young and others > max(own, len(everybody) // 2) if guest.busy else others > own or not young
 
     found = [guest for guest in everybody if may_go(guest)]
-    rank = min(found, key=lambda guest: (guest.busy, -counts[guest.host], guest.since), default=None)
-    return newest if rank is None else rank.connection
+    first = min(found, key=lambda guest: (guest.busy, -counts[guest.host], guest.since), default=None)
+    return newest if first is None else first.connection
