@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -81,18 +80,21 @@ def forwarded(router: Machine) -> str:
     return run(*router.command("nft", "list", "chain", "inet", "filter", "prerouting_miniupnpd"))
 
 
+WEIGHED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code != 0)
+"""
+"""Runs a program from a process that is small: what a program took counts what it was forked from."""
+
+
 def ask(machine: Machine, asked: Map | Unmap, seconds: float = 15) -> tuple[bytes, int, int]:
     """What the program says, how it ends, and the most memory it took, in KiB."""
     code = f"import sys; from omnistore.net import igd; igd.answer(sys.argv[1], {seconds:g})"
-    process = subprocess.Popen(
-        machine.command(sys.executable, "-P", "-c", code, question(asked)), stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    data = process.stdout.read()
-    process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return data, process.returncode, usage.ru_maxrss
+    command = machine.command(sys.executable, "-P", "-c", code, question(asked))
+    done = subprocess.run([sys.executable, "-c", WEIGHED, *command], capture_output=True)
+    return done.stdout, done.returncode, int(done.stderr.split()[-1])
 
 
 def status(machine: Machine, home: Path) -> dict[str, Any]:
