@@ -88,6 +88,15 @@ def test_nothing_is_asked_twice_at_once() -> None:
         asks.want([A])
 
 
+@pytest.mark.parametrize("split", [0, 1, 5])
+def test_a_hello_and_a_block_may_come_in_the_same_bytes(split: int) -> None:
+    asks = Asks()
+    asks.want([A, B])
+    data = encode(Hello(10, 10)) + block(0) + block(1)
+    answers = asks.receive_untrusted(data[:split]) + asks.receive_untrusted(data[split:])
+    assert answers == [Hello(10, 10), Arrived(A, memoryview(bytes(10))), Arrived(B, memoryview(bytes(10)))]
+
+
 def test_an_error_may_come_instead_of_a_hello() -> None:
     assert Asks().receive_untrusted(encode(Error("busy", ""))) == [Error("busy", "")]
 
