@@ -97,16 +97,8 @@ class Asks:
 
     def receive_untrusted(self, data: bytes) -> list[Answer]:
         """The answers that `data` completes. Raises `RemoteProtocolError`."""
-        view = memoryview(data)
-        while view:
-            # One by one: what may come next depends on what came before, be it in the same bytes.
-            room = self._decoder.room()
-            taken = min(len(room), len(view))
-            room[:taken] = view[:taken]
-            self._take_in(taken)
-            view = view[taken:]
-        found, self._answers = self._answers, []
-        return found
+        # One by one: a hello is looked at before the block that came in the same bytes.
+        return [self._answer(message) for message in self._decoder.messages_untrusted(data)]
 
     def room(self) -> memoryview:
         """Where what comes next belongs, never empty; `next_room` and `answers_untrusted` follow.

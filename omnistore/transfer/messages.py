@@ -8,7 +8,7 @@ streams, stores or time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -217,16 +217,18 @@ class Decoder:
 
     def feed_untrusted(self, data: bytes) -> list[Message]:
         """The messages that `data` completes. Raises `RemoteProtocolError`, after which it is useless."""
-        found: list[Message] = []
+        return list(self.messages_untrusted(data))
+
+    def messages_untrusted(self, data: bytes) -> Iterator[Message]:
+        """The same, each before the next is looked at: whether that may come can depend on it."""
         view = memoryview(data)
         while view or self._dead:
             taken = min(len(self._room), len(view))
             self._room[:taken] = view[:taken]
             message = self.filled_untrusted(taken)
             if message is not None:
-                found.append(message)
+                yield message
             view = view[taken:]
-        return found
 
     def _whole(self) -> Message | None:
         """What was being read is there: the message that it is, or is the end of."""
